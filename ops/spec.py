@@ -1,0 +1,97 @@
+"""What one attention call asks for, as the back ends receive it: plain tuples, torch only."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Spec(NamedTuple):
+    """Everything about an attention call except q, k and v (see ``hf_flash_mc.ops.api`` for the meaning of each).
+
+    Absent tensors are None. Windows are -1 where unbounded. ``scale`` None means D ** -0.5.
+    ``dropout_offsets`` are the global (batch, head, row, column) of this call's first element.
+    """
+
+    key_ranges: Tensor | None = None  # int32 [B or 1, Hq or 1, Sq, 2]; varlen [Hq or 1, Tq, 2]
+    mask: Tensor | None = None  # bool, broadcastable, 4-D: [B or 1, Hq or 1, Sq or 1, Sk or 1]
+    bias: Tensor | None = None  # 4-D, the same broadcasting
+    key_log_weight: Tensor | None = None  # [B or 1, Hkv or 1, Sk]; varlen [Hkv or 1, Tk]
+    alibi_slopes: Tensor | None = None  # [Hq] or [B, Hq]
+    sinks: Tensor | None = None  # [Hq]
+    dropout_seed: Tensor | None = None  # int64, one element
+    scale: float | None = None
+    causal: bool = False
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0  # 0 = none
+    dropout_p: float = 0.0
+    dropout_offsets: tuple[int, ...] = (0, 0, 0, 0)
+
+
+class Varlen(NamedTuple):
+    """Packed sequences: q is [Tq, Hq, D], k and v [Tk, Hkv, D]; sequence i is rows cu[i] to cu[i + 1]."""
+
+    cu_seqlens_q: Tensor  # int32 [N + 1]
+    cu_seqlens_k: Tensor  # int32 [N + 1]
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward must produce; the others come back as empty tensors."""
+
+    dq: bool = True
+    dk: bool = True
+    dv: bool = True
+    dbias: bool = False
+    dkey_log_weight: bool = False
+    dsinks: bool = False
+
+
+class Gradients(NamedTuple):
+    """What a back end's backward returns; None where the gradient was not asked for."""
+
+    dq: Tensor | None = None
+    dk: Tensor | None = None
+    dv: Tensor | None = None
+    dbias: Tensor | None = None  # bias's shape and dtype
+    dkey_log_weight: Tensor | None = None  # key_log_weight's shape and dtype
+    dsinks: Tensor | None = None  # sinks' shape and dtype
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of lse and of everything summed over keys."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def new_bshd(like: Tensor, head_dim: int | None = None) -> Tensor:
+    """Empty [B, H, S, D] tensor on [B, S, H, D] memory, whatever the strides of ``like``; 3-D (varlen) is contiguous.
+
+    Real kernels and fakes make every output here, so their strides always agree; and transformers'
+    ``transpose(1, 2).contiguous()`` on the result is free.
+    """
+    if like.dim() == 3:
+        t, h, d = like.shape
+        d = d if head_dim is None else head_dim
+        return like.new_empty_strided((t, h, d), (h * d, d, 1))
+    b, h, s, d = like.shape
+    d = d if head_dim is None else head_dim
+    return like.new_empty_strided((b, h, s, d), (s * h * d, d, h * d, 1))
+
+
+def new_lse(q: Tensor) -> Tensor:
+    """Empty lse: [B, Hq, Sq], or [Hq, Tq] for packed sequences; contiguous."""
+    dtype = accumulate_dtype(q.dtype)
+    if q.dim() == 3:
+        t, h, _ = q.shape
+        return q.new_empty_strided((h, t), (t, 1), dtype=dtype)
+    b, h, s, _ = q.shape
+    return q.new_empty_strided((b, h, s), (h * s, s, 1), dtype=dtype)
+
+
+def dropout_threshold(p: float) -> int:
+    """Dropout drops a weight where its random byte is below this: p quantised to 1/256."""
+    return round(256 * p)

@@ -136,7 +136,8 @@ def reference_attention(
             dropout_seed, dropout_p, at(b, ob, (b, 1, 1, 1)), at(hq, oh, (1, hq, 1, 1)), at(sq, om, (1, 1, sq, 1)), at(sk, on, (1, 1, 1, sk))
         )
         p = torch.where(keep, p * (256 / (256 - round(256 * dropout_p))), torch.zeros_like(p))
-    return (p @ v_).to(v.dtype), lse.squeeze(-1)
+    out = torch.where(row_used[..., None], p @ v_, torch.zeros((), dtype=work, device=q.device))  # stops dout's NaN too
+    return out.to(v.dtype), lse.squeeze(-1)
 
 
 def reference_attention_varlen(

@@ -1,0 +1,35 @@
+"""Test settings that must hold before a kernel is imported: Triton's interpreter without a GPU, one thread."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="hf_flash_mc_inductor_"))
+torch.set_num_threads(1)
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter_patch
+
+    interpreter_patch.apply()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_GPU:
+        return
+    skip = pytest.mark.skip(reason="needs a GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def device() -> str:
+    """The device that back-end tests use: the GPU where there is one."""
+    return "cuda" if HAS_GPU else "cpu"

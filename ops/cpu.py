@@ -1,0 +1,269 @@
+"""Attention on the CPU, exact and of linear memory.
+
+Two ways, chosen per call:
+
+- *Pieces*: where visibility is intervals and nothing else touches the logits, the rows fall into rectangles (all rows
+  see the same keys) and triangles (each row sees one key more than the row above). Each goes to ATen's CPU flash
+  kernel on slices of q, k and v, without any mask; rows in two pieces are merged by their lse. Plain, causal, cached
+  decoding, padded batches and packed documents all end here, and NaN in keys that nobody sees is never read.
+- *Tiles*: everything else (mask, bias, weights, ALiBi, softcap, dropout, sliding windows) in PyTorch, a block of rows
+  by a block of keys at a time: online softmax forward, recomputation backward. Key blocks that no row sees are skipped.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .cpu_tiles import Tiles, intervals, tiled_backward, tiled_forward
+from .spec import Gradients, Needs, Spec, Varlen, accumulate_dtype, new_bshd, new_lse
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INF = float("inf")
+
+Piece = tuple[slice, slice, slice, slice, bool]  # batch, query heads, rows, keys, causal (square, top left)
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None = None) -> list[str]:
+    """Why this back end cannot take the call; an empty list if it can."""
+    reasons = []
+    if any(x.device.type != "cpu" for x in (q, k, v)):
+        reasons.append(f"impl='cpu' needs tensors on the CPU, got q on {q.device}, k on {k.device}, v on {v.device}")
+    if q.dtype not in _DTYPES:
+        reasons.append(f"impl='cpu' takes float16, bfloat16, float32 and float64, got {q.dtype}")
+    return reasons
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None = None) -> tuple[Tensor, Tensor]:
+    """Returns ``out`` ([B, Hq, Sq, Dv], or [Tq, Hq, Dv] packed) in q's dtype and ``lse`` ([B, Hq, Sq], or [Hq, Tq])."""
+    out, lse = new_bshd(q, v.shape[-1]), new_lse(q)
+    if varlen is None:
+        _forward(q, k, v, spec, out, lse)
+        return out, lse
+    out.zero_()
+    lse.fill_(-_INF)
+    for rows, keys, one in _sequences(q, k, spec, varlen):
+        _forward(_dense(q, rows), _dense(k, keys), _dense(v, keys), one, _dense(out, rows), lse[None, :, rows])
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spec: Spec,
+    needs: Needs,
+    deterministic: bool,
+    varlen: Varlen | None = None,
+) -> Gradients:
+    """The gradients that ``needs`` names. Always deterministic: sums run in a fixed order."""
+    work = accumulate_dtype(q.dtype)
+    weight = spec.key_log_weight
+    # summed in the accumulation dtype, cast once at the end
+    dq, dk, dv = (x.new_zeros(x.shape, dtype=work) for x in (q, k, v))
+    dbias = spec.bias.new_zeros(spec.bias.shape, dtype=work) if needs.dbias and spec.bias is not None else None
+    dweight = weight.new_zeros(weight.shape, dtype=work) if needs.dkey_log_weight and weight is not None else None
+    dsinks = spec.sinks.new_zeros(spec.sinks.shape, dtype=work) if needs.dsinks and spec.sinks is not None else None
+    if varlen is None:
+        sums = Gradients(dq, dk, dv, dbias, dweight, dsinks)
+        _backward(dout, dlse, q, k, v, out, lse, spec, sums)
+    else:
+        for rows, keys, one in _sequences(q, k, spec, varlen):
+            dweight_ = None if dweight is None else dweight[None, :, keys]
+            sums = Gradients(_dense(dq, rows), _dense(dk, keys), _dense(dv, keys), None, dweight_, dsinks)
+            dlse_ = None if dlse is None else dlse[None, :, rows]
+            qkv = _dense(q, rows), _dense(k, keys), _dense(v, keys)
+            _backward(_dense(dout, rows), dlse_, *qkv, _dense(out, rows), lse[None, :, rows], one, sums)
+    return Gradients(
+        new_bshd(q).copy_(dq) if needs.dq else None,
+        new_bshd(k).copy_(dk) if needs.dk else None,
+        new_bshd(v).copy_(dv) if needs.dv else None,
+        None if dbias is None else dbias.to(spec.bias.dtype),  # type: ignore[union-attr]
+        None if dweight is None else dweight.to(weight.dtype),  # type: ignore[union-attr]
+        None if dsinks is None else dsinks.to(spec.sinks.dtype),  # type: ignore[union-attr]
+    )
+
+
+def _dense(x: Tensor, rows: slice) -> Tensor:
+    """[1, H, n, D] view of one packed sequence in [T, H, D]."""
+    return x[rows].transpose(0, 1)[None]
+
+
+def _sequences(q: Tensor, k: Tensor, spec: Spec, varlen: Varlen) -> Iterator[tuple[slice, slice, Spec]]:
+    """Rows, keys and the dense call's spec of every packed sequence that has rows."""
+    starts_q, starts_k = varlen.cu_seqlens_q.tolist(), varlen.cu_seqlens_k.tolist()
+    batch, *others = spec.dropout_offsets
+    for i in range(len(starts_q) - 1):
+        rows, keys = slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
+        if rows.start >= rows.stop:
+            continue
+        ranges, weight, slopes = spec.key_ranges, spec.key_log_weight, spec.alibi_slopes
+        yield (
+            rows,
+            keys,
+            spec._replace(
+                key_ranges=None if ranges is None else ranges[None, :, rows],
+                key_log_weight=None if weight is None else weight[None, :, keys],
+                alibi_slopes=slopes[i : i + 1] if slopes is not None and slopes.dim() == 2 else slopes,
+                dropout_offsets=(batch + i, *others),
+            ),
+        )
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, out: Tensor, lse: Tensor) -> None:
+    """Dense forward into ``out`` and ``lse``."""
+    pieces = _pieces(q, k, spec)
+    if pieces is None:
+        tiled_forward(Tiles(q, k, v, spec), out, lse)
+    else:
+        _pieces_forward(q, k, v, spec, pieces, out, lse)
+    if spec.sinks is not None:  # the sink only adds to the softmax's denominator
+        total = torch.logaddexp(lse, spec.sinks.to(lse.dtype)[:, None])
+        out.mul_(torch.exp(lse - total)[..., None])
+        lse.copy_(total)
+
+
+def _backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spec: Spec,
+    sums: Gradients,
+) -> None:
+    """Dense backward; adds to the tensors of ``sums``."""
+    # A row that sees nothing has out == 0 exactly, and its dout may be NaN.
+    delta = torch.where(out == 0, 0, dout.to(lse.dtype) * out).sum(-1)  # [B, Hq, Sq]
+    if dlse is not None:
+        delta -= dlse
+    if sums.dsinks is not None:
+        sums.dsinks.sub_((torch.exp(spec.sinks[:, None] - lse) * delta).sum((0, 2)))  # type: ignore[index]
+    pieces = None if sums.dbias is not None or sums.dkey_log_weight is not None else _pieces(q, k, spec)
+    if pieces is None:
+        tiled_backward(Tiles(q, k, v, spec, dout), lse, delta, sums)
+    else:
+        _pieces_backward(dout, dlse, q, k, v, out, lse, spec, pieces, sums)
+
+
+def _pieces(q: Tensor, k: Tensor, spec: Spec) -> list[Piece] | None:
+    """The call as rectangles and triangles for ATen's kernel; None where it does not decompose (into few)."""
+    optional = (spec.mask, spec.bias, spec.key_log_weight, spec.alibi_slopes)
+    if spec.softcap or spec.dropout_p or any(x is not None for x in optional):
+        return None
+    (b, hq, sq, _), sk = q.shape, k.shape[2]
+    found = intervals(sq, sk, spec)
+    everywhere = slice(0, b), slice(0, hq)
+    if found is None:
+        return [(*everywhere, slice(0, sq), slice(0, sk), False)] if sq and sk else []
+    lo, hi = found
+    pieces: list[Piece] = []
+    for i in range(lo.shape[0]):
+        for j in range(lo.shape[1]):
+            batch = slice(i, i + 1) if lo.shape[0] > 1 else everywhere[0]
+            heads = slice(j, j + 1) if lo.shape[1] > 1 else everywhere[1]
+            own = _decompose(lo[i, j], hi[i, j])
+            if own is None:
+                return None
+            pieces += [(batch, heads, *piece) for piece in own]
+    return pieces
+
+
+def _decompose(lo: Tensor, hi: Tensor) -> list[tuple[slice, slice, bool]] | None:
+    """Rows, keys and causality of the pieces of [Sq] intervals; None if they are too many to be worth it."""
+    rows = len(lo)
+    if rows > 1:
+        step = hi.diff()
+        # how a row continues the one above: 0 the same keys, 1 one key more, 2 not at all
+        kind = torch.where((lo.diff() == 0) & (step >= 0) & (step <= 1), step, 2)
+        starts = kind == 2
+        starts[1:] |= (kind[1:] != kind[:-1]) & (kind[:-1] != 2)
+        cuts = [0, *(starts.nonzero()[:, 0] + 1).tolist(), rows]
+    else:
+        cuts = [0, rows] if rows else []
+    if len(cuts) > 8 + rows // 32:
+        return None
+    pieces = []
+    for first, end in itertools.pairwise(cuts):
+        start, stop, last = int(lo[first]), int(hi[first]), int(hi[end - 1])
+        if stop == last:
+            pieces.append((slice(first, end), slice(start, stop), False))
+            continue
+        pieces.append((slice(first, end), slice(start, stop - 1), False))
+        pieces.append((slice(first, end), slice(stop - 1, last), True))
+    return [piece for piece in pieces if piece[1].start < piece[1].stop]
+
+
+def _padded(x: Tensor, head_dim: int) -> Tensor:
+    """x with a last dimension of ``head_dim`` and of stride 1 (the kernel reads any other wrongly, silently)."""
+    if x.shape[-1] == head_dim:
+        return x if x.stride(-1) == 1 else x.contiguous()
+    wide = x.new_zeros(*x.shape[:-1], head_dim)
+    wide[..., : x.shape[-1]] = x
+    return wide
+
+
+def _key_heads(heads: slice, hq: int, hkv: int) -> slice:
+    """The key heads that a piece's query heads read: all, or one."""
+    if heads.stop - heads.start == hq:
+        return slice(0, hkv)
+    group = hq // hkv
+    return slice(heads.start // group, heads.start // group + 1)
+
+
+def _pieces_forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, pieces: list[Piece], out: Tensor, lse: Tensor) -> None:
+    d, dv = q.shape[-1], v.shape[-1]
+    scale = d**-0.5 if spec.scale is None else spec.scale
+    q, k, v = (_padded(x, max(d, dv)) for x in (q, k, v))
+    out.zero_()
+    lse.fill_(-_INF)
+    for index, (batch, heads, rows, keys, causal) in enumerate(pieces):
+        kv = batch, _key_heads(heads, q.shape[1], k.shape[1]), keys
+        part, part_lse = _FLASH(q[batch, heads, rows], k[kv], v[kv], 0.0, causal, scale=scale)
+        at, part = (batch, heads, rows), part[..., :dv]
+        if index and pieces[index - 1][:3] == at:  # the triangle under a rectangle: merge
+            total = torch.logaddexp(lse[at], part_lse)
+            merged = out[at] * torch.exp(lse[at] - total)[..., None] + part * torch.exp(part_lse - total)[..., None]
+            part, part_lse = merged, total
+        out[at] = part
+        lse[at] = part_lse
+
+
+def _pieces_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spec: Spec,
+    pieces: list[Piece],
+    sums: Gradients,
+) -> None:
+    """Each piece by itself: with the final out and lse, the gradients of the pieces add up."""
+    (d, dv), hq = (q.shape[-1], v.shape[-1]), q.shape[1]
+    scale = d**-0.5 if spec.scale is None else spec.scale
+    width = max(d, dv) + (dlse is not None)
+    q, k, v, dout, out = (_padded(x, width) for x in (q, k, v, dout, out))
+    if dlse is not None:
+        # One more column, where q, k and v are 0: the kernel's own rowsum(dout * out) then comes out as delta - dlse.
+        dout[..., -1] = 1
+        out[..., -1] = -dlse
+    for batch, heads, rows, keys, causal in pieces:
+        at, kv = (batch, heads, rows), (batch, _key_heads(heads, hq, k.shape[1]), keys)
+        dq, dk, dv_ = _FLASH_BACKWARD(dout[at], q[at], k[kv], v[kv], out[at], lse[at], 0.0, causal, scale=scale)
+        sums.dq[at] += dq[..., :d]  # type: ignore[index]
+        sums.dk[kv] += dk[..., :d]  # type: ignore[index]
+        sums.dv[kv] += dv_[..., :dv]  # type: ignore[index]

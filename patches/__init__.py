@@ -1,0 +1,11 @@
+"""transformers on hf_flash_mc.ops: patch_model, unpatch_model, patched, patch_report."""
+
+if not __name__.startswith("hf_flash_mc."):
+    raise ImportError(
+        f"this folder is hf_flash_mc.patches, but it was imported as {__name__!r}: a second copy would patch with its own "
+        "state. Use `import hf_flash_mc.patches`."
+    )
+
+from .api import PatchReport, patch_model, patch_report, patched, unpatch_model
+
+__all__ = ["PatchReport", "patch_model", "patch_report", "patched", "unpatch_model"]

@@ -1,0 +1,342 @@
+"""patch_model, unpatch_model, patched, patch_report: which models run on mc_attention, and what happened there."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from .attention import KEY, ModuleRecord, Options, register
+from .support import HARMLESS_CLASSES, REFUSED
+
+_READS_MASK = re.compile(r"(attention|causal)_mask\w*\.dtype\s*[!=]=\s*torch\.bool|causal_mask\w*\.to\(dtype")
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What patch_model did to a model and what ran since.
+
+    ``calls``: eager calls of each attention module; ``compiled``: modules traced into a compiled graph (not counted
+    there); ``not_reached``: modules that no forward has reached yet; ``skipped``: modules left to transformers, with
+    the reason; ``fallbacks``: calls handed to sdpa, with ``fallback_reasons``.
+    """
+
+    model: str
+    patched: bool
+    options: dict[str, Any] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    compiled: tuple[str, ...] = ()
+    skipped: dict[str, str] = field(default_factory=dict)
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    fallback_reasons: tuple[str, ...] = ()
+
+    @property
+    def attention_modules(self) -> int:
+        return len(self.calls)
+
+    @property
+    def not_reached(self) -> tuple[str, ...]:
+        return tuple(name for name, calls in self.calls.items() if not calls and name not in self.compiled)
+
+    def __str__(self) -> str:
+        if not self.patched:
+            return f"{self.model}: not patched"
+        ran = self.attention_modules - len(self.not_reached)
+        lines = [f"{self.model}: {self.attention_modules} attention modules run {KEY}, {ran} of them reached so far"]
+        lines += [f"  left to transformers: {name}: {reason}" for name, reason in self.skipped.items()]
+        if self.fallbacks:
+            lines.append(f"  {sum(self.fallbacks.values())} calls fell back to sdpa: {'; '.join(self.fallback_reasons)}")
+        return "\n".join(lines)
+
+
+@dataclass
+class _State:
+    """What unpatching needs; lies on the patched PreTrainedModel as `_mc_state`."""
+
+    options: Options
+    records: list[tuple[nn.Module, ModuleRecord]]
+    skipped: dict[str, str]
+    # former config object, the copy that replaced it, and the copy's attributes at that time
+    configs: list[tuple[PreTrainedConfig, PreTrainedConfig, dict[str, Any]]]
+
+
+def patch_model(
+    model: Any,
+    *,
+    fallback: str = "error",
+    packing: str | None = None,
+    continuous_batching: bool = False,
+    context_parallel: Any = None,
+) -> Any:
+    """Run a transformers model's attention on hf_flash_mc, in place; returns the model.
+
+    ``model``: a model (also wrapped: DDP, FSDP, PEFT, torch.compile), or a class (AutoModelForCausalLM,
+    LlamaForCausalLM, ...), of which a subclass comes back whose from_pretrained and from_config patch what they load.
+
+    ``fallback``: what happens to a call that the ops cannot express: "error" raises, "sdpa" runs transformers' sdpa
+    with an equivalent mask and counts it in the report. ``packing="position_ids"``: documents packed into a row are
+    kept apart by their restarting position ids even where a mask or a cache is given, which transformers ignores.
+
+    Nothing global changes except that the key "mc_attention" is registered. The model gets copies of its config objects,
+    so that another model built from the same config is left alone. Patching twice with the same options does nothing.
+
+    Raises NotImplementedError for a family that would not be exact, naming it and why; ValueError if there is nothing to
+    patch or the model is patched with other options; TypeError for what is no transformers model.
+    """
+    if fallback not in ("error", "sdpa"):
+        raise ValueError(f'fallback: expected "error" or "sdpa", got {fallback!r}')
+    if packing not in (None, "position_ids"):
+        raise ValueError(f'packing: expected None or "position_ids", got {packing!r}')
+    if continuous_batching:
+        raise NotImplementedError("continuous_batching=True: not in this version; generate_batch runs on the unpatched model")
+    if context_parallel is not None:
+        raise NotImplementedError(f"context_parallel: not in this version, expected None, got {context_parallel!r}")
+    options = Options(fallback, packing)
+    register()
+    if isinstance(model, type):
+        return _patched_class(model, options)
+    root = _find_root(model)
+    state: _State | None = getattr(root, "_mc_state", None)
+    if state is not None:
+        if state.options != options:
+            raise ValueError(f"model: already patched with {state.options}, got {options}; call unpatch_model(model) first")
+        return model
+    inside = [name for name, module in root.named_modules() if hasattr(module, "_mc_record") or hasattr(module, "_mc_state")]
+    if inside:
+        raise ValueError(f"model: {inside[0]!r} inside it belongs to a patched model; unpatch that one first")
+    _apply(model, root, options)
+    return model
+
+
+def unpatch_model(model: Any) -> Any:
+    """Undo patch_model exactly; returns the model (or, for a patched class, the class it came from).
+
+    Settings changed on the model's config while it was patched are kept. ValueError if it is not patched.
+    """
+    if isinstance(model, type):
+        if "_mc_base" not in vars(model):
+            raise ValueError(f"model: {model.__name__} is not a class that patch_model returned")
+        return model._mc_base
+    root = _find_root(model)
+    state: _State | None = getattr(root, "_mc_state", None)
+    if state is None:
+        raise ValueError(f"model: {type(root).__name__} is not patched")
+    former = {id(ours): old for old, ours, _ in state.configs}
+    for old, ours, before in state.configs:
+        ours._attn_implementation_internal = old._attn_implementation_internal
+        for name in before.keys() - vars(ours).keys():
+            delattr(old, name)
+        for name, now in vars(ours).items():
+            if name not in before or before[name] is not now:
+                vars(old)[name] = former.get(id(now), now)
+    _swap_configs([model, root], former)
+    for module, _ in state.records:
+        del module._mc_record
+    del root._mc_state
+    return model
+
+
+@contextmanager
+def patched(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
+    """``with patched(model): ...``: patch_model on entry, unpatch_model on exit, also after an exception.
+
+    A model that is patched already stays so.
+    """
+    mine = getattr(_find_root(model), "_mc_state", None) is None
+    patch_model(model, **options)
+    try:
+        yield model
+    finally:
+        if mine:
+            unpatch_model(model)
+
+
+def patch_report(model: nn.Module) -> PatchReport:
+    """What is patched in this model, what was skipped and why, and how often each attention module was called."""
+    root = _find_root(model)
+    state: _State | None = getattr(root, "_mc_state", None)
+    if state is None:
+        return PatchReport(model=type(root).__name__, patched=False)
+    records = [record for _, record in state.records]
+    return PatchReport(
+        model=type(root).__name__,
+        patched=True,
+        options={"fallback": state.options.fallback, "packing": state.options.packing},
+        calls={r.name: r.calls for r in records},
+        compiled=tuple(r.name for r in records if r.compiled),
+        skipped=dict(state.skipped),
+        fallbacks={r.name: r.fallbacks for r in records if r.fallbacks},
+        fallback_reasons=tuple(sorted({r.fallback_reason for r in records if r.fallback_reason})),
+    )
+
+
+def _find_root(model: Any) -> PreTrainedModel:
+    """The one outermost PreTrainedModel inside a model or wrapper."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a transformers model or model class, got {type(model).__name__}")
+    roots: list[tuple[str, PreTrainedModel]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and not any(name.startswith(f"{r}." if r else "") for r, _ in roots):
+            roots.append((name, module))
+    if len(roots) != 1:
+        found = [type(m).__name__ for _, m in roots]
+        raise TypeError(f"model: expected one transformers PreTrainedModel in {type(model).__name__}, found {found}; pass it itself")
+    return roots[0][1]
+
+
+def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
+    """Check everything first, then change: a refusal leaves the model as it was."""
+    attention = {name: m for name, m in root.named_modules() if uses_interface(type(m))}
+    targets = {id(m.config) for m in attention.values() if isinstance(getattr(m, "config", None), PreTrainedConfig)}
+    skipped = _check_family(root, attention, targets)
+    configs = _collect_configs([model, root])
+    asked = [type(c).__name__ for c in configs if id(c) in targets and getattr(c, "output_attentions", False)]
+    if asked:
+        raise ValueError(f"config.output_attentions=True in {asked[0]}: mc_attention never forms the attention weights; set it to False")
+    copies = {id(c): copy.copy(c) for c in configs}
+    for ours in copies.values():
+        for name, held in vars(ours).items():
+            if id(held) in copies:
+                vars(ours)[name] = copies[id(held)]
+    state = _State(options, [], skipped, [(c, copies[id(c)], dict(vars(copies[id(c)]))) for c in configs])
+    for config in configs:
+        if id(config) in targets or config is root.config:
+            copies[id(config)]._attn_implementation_internal = KEY
+    _swap_configs([model, root], copies)
+    for name, module in attention.items():
+        module._mc_record = ModuleRecord(name, options)
+        state.records.append((module, module._mc_record))
+    root._mc_state = state
+
+
+def uses_interface(cls: type) -> bool:
+    """Whether a module class fetches its attention function from transformers' registry, read from its bytecode."""
+    for base in cls.__mro__:
+        if base is nn.Module or base is PreTrainedModel:
+            break
+        for member in vars(base).values():
+            code = getattr(inspect.unwrap(member), "__code__", None) if callable(member) else None
+            if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
+                return True
+    return False
+
+
+def _check_family(root: PreTrainedModel, attention: dict[str, nn.Module], targets: set[int]) -> dict[str, str]:
+    """Raise for a model that would not be exact; returns what is left to transformers, module name -> reason."""
+    name = type(root).__name__
+    owners: dict[str, PreTrainedModel] = {n: m for n, m in root.named_modules() if isinstance(m, PreTrainedModel)}
+    for owner in owners.values():
+        row = REFUSED.get(getattr(owner.config, "model_type", None))
+        if row is not None:
+            raise NotImplementedError(f"{name}: the {row.name} family is refused: {row.refused}")
+    bypassing, skipped = [], {}
+    for path, module in root.named_modules():
+        if not _computes_own_attention(path, module, attention):
+            continue
+        holder = max((n for n in owners if path == n or path.startswith(f"{n}." if n else "")), key=len)
+        config = getattr(module, "config", None)
+        config = config if isinstance(config, PreTrainedConfig) else owners[holder].config
+        if type(module).__name__ in HARMLESS_CLASSES or id(config) not in targets:
+            skipped[path] = f"{type(module).__name__} computes attention itself"
+        else:
+            bypassing.append(type(module).__name__)
+    if not attention:
+        bypassing += [reason.split()[0] for reason in skipped.values()]
+    if bypassing:
+        raise NotImplementedError(
+            f"{name} is refused: {', '.join(sorted(set(bypassing)))} compute attention in their own code and not through "
+            "transformers' attention interface, so the masks of mc_attention would be misread; keep the stock implementation"
+        )
+    if not attention:
+        raise ValueError(f"model: nothing to patch, {name} has no attention modules that use transformers' attention interface")
+    unplaced = [n for n, m in attention.items() if not isinstance(getattr(m, "config", None), PreTrainedConfig)]
+    if unplaced:
+        raise NotImplementedError(f"{name} is refused: attention module {unplaced[0]!r} carries no config to switch")
+    _check_sources(name, [m for m in [*owners.values(), *attention.values()] if id(m.config) in targets])
+    return skipped
+
+
+def _computes_own_attention(path: str, module: nn.Module, attention: dict[str, nn.Module]) -> bool:
+    """An attention class of transformers or of the model's own code, with no part and no parent that uses the interface."""
+    if "Attention" not in type(module).__name__ or type(module).__module__.startswith("torch."):
+        return False
+    if path in attention or next(module.parameters(), None) is None:
+        return False
+    return not any(p.startswith(path + ".") or path.startswith(p + ".") for p in attention)
+
+
+def _check_sources(name: str, modules: list[nn.Module]) -> None:
+    """Refuse modeling code that looks into the mask it made: it would read key ranges as a bool or float mask."""
+    for source_name in sorted({type(m).__module__ for m in modules}):
+        try:
+            source = inspect.getsource(sys.modules[source_name])
+        except (KeyError, OSError, TypeError):
+            continue  # code typed into a notebook: nothing to read
+        found = _READS_MASK.search(source)
+        if found:
+            raise NotImplementedError(
+                f"{name} is refused: {source_name} reads the attention mask itself ({found.group(0)!r}) and would misread key ranges"
+            )
+
+
+def _collect_configs(parts: list[nn.Module]) -> list[PreTrainedConfig]:
+    """Every config object that the modules hold, with the configs nested in them, each once."""
+    found: dict[int, PreTrainedConfig] = {}
+    queue = [held for part in parts for m in part.modules() for held in vars(m).values() if isinstance(held, PreTrainedConfig)]
+    while queue:
+        config = queue.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            queue += [held for held in vars(config).values() if isinstance(held, PreTrainedConfig)]
+    return list(found.values())
+
+
+def _swap_configs(parts: list[nn.Module], replacement: dict[int, PreTrainedConfig]) -> None:
+    for part in parts:
+        for module in part.modules():
+            for name, held in vars(module).items():
+                if isinstance(held, PreTrainedConfig) and id(held) in replacement:
+                    vars(module)[name] = replacement[id(held)]
+
+
+def _patched_class(base: type, options: Options) -> type:
+    """A subclass of an Auto class or a PreTrainedModel class whose constructors return patched models of ``base``."""
+    if "_mc_base" in vars(base):
+        if base._mc_options != options:
+            raise ValueError(f"model: {base.__name__} patches with {base._mc_options}, got {options}")
+        return base
+    if not issubclass(base, (_BaseAutoModelClass, PreTrainedModel)):
+        raise TypeError(f"model: expected a PreTrainedModel or Auto class, got {base.__name__}")
+
+    def build(constructor: str):
+        def construct(cls, *args: Any, attn_implementation: Any = None, **kwargs: Any):
+            if attn_implementation not in (None, KEY):
+                raise ValueError(
+                    f"attn_implementation={attn_implementation!r}: the patched {base.__name__} runs {KEY!r}; leave the argument "
+                    f"out, or load with transformers' own {base.__name__}"
+                )
+            loaded = getattr(base, constructor)(*args, **kwargs)
+            if isinstance(loaded, tuple):  # output_loading_info=True
+                return (patch_model(loaded[0], **vars(options)), *loaded[1:])
+            return patch_model(loaded, **vars(options))
+
+        construct.__name__ = constructor
+        return classmethod(construct)
+
+    body: dict[str, Any] = {"_mc_base": base, "_mc_options": options, "__module__": base.__module__, "__doc__": base.__doc__}
+    for constructor in ("from_pretrained", "from_config", "_from_config"):
+        if hasattr(base, constructor):
+            body[constructor] = build(constructor)
+    if issubclass(base, PreTrainedModel):
+        # a plain model of the base class comes back, so __init__ of this subclass never runs
+        body["__new__"] = lambda cls, *args, **kwargs: patch_model(base(*args, **kwargs), **vars(options))
+    return type(base)(base.__name__, (base,), body)

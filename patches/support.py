@@ -1,0 +1,55 @@
+"""The table of model families: what each needs beyond plain causal attention, what is tested, what is refused and why.
+
+A family that is not listed is not refused for that: `patch_model` looks at the classes of the model itself (api.py).
+Rows here hold what cannot be seen there.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Family(NamedTuple):
+    """One row. ``model_types`` are transformers' `config.model_type`; ``refused`` is the reason, None = supported."""
+
+    name: str
+    model_types: tuple[str, ...]
+    needs: str
+    tested: bool = False
+    refused: str | None = None
+
+
+_SPARSE = "it selects keys by sparse indices, which the attention ops do not have"
+_READS_MASK = "its own code reads the values of the attention mask, and would misread key ranges"
+
+FAMILIES: tuple[Family, ...] = (
+    Family("Llama", ("llama",), "causal, GQA", tested=True),
+    Family("Mistral", ("mistral",), "sliding window", tested=True),
+    Family("Qwen3", ("qwen3",), "causal, GQA, query and key norms", tested=True),
+    Family("Gemma 2", ("gemma2",), "softcap, sliding window in every other layer", tested=True),
+    Family("Gemma 3", ("gemma3_text", "gemma3"), "sliding window in five of six layers, image blocks", tested=True),
+    Family("gpt-oss", ("gpt_oss",), "learned sinks, sliding window", tested=True),
+    Family("Llama 4", ("llama4_text", "llama4"), "chunked attention", tested=True),
+    Family("Phi-3", ("phi3",), "head dim 96", tested=True),
+    Family("GPT-2", ("gpt2",), "causal, attention dropout", tested=True),
+    Family("BERT", ("bert",), "bidirectional, any padding", tested=True),
+    Family("ViT", ("vit",), "bidirectional, no mask", tested=True),
+    Family("CLIP", ("clip", "clip_text_model", "clip_vision_model"), "causal text, bidirectional vision", tested=True),
+    Family("BART", ("bart",), "encoder and decoder, cross attention", tested=True),
+    Family("Whisper", ("whisper",), "encoder and decoder, cross attention", tested=True),
+    Family("T5", ("t5",), "position bias with a gradient, scale 1", tested=True),
+    Family("DeepSeek V3.2", ("deepseek_v32",), "sparse indices", refused=_SPARSE),
+    Family("DeepSeek V4", ("deepseek_v4",), "compressed key blocks appended to the mask", refused=_READS_MASK),
+    Family("GLM-MoE-DSA", ("glm_moe_dsa",), "sparse indices", refused=_SPARSE),
+    Family("MiniMax M3", ("minimax_m3", "minimax_m3_vl", "minimax_m3_vl_text"), "sparse block indices", refused=_SPARSE),
+    Family("Doge", ("doge",), "dynamic masks", refused=_READS_MASK),
+    Family("DiffusionGemma", ("diffusion_gemma", "diffusion_gemma_text"), "its own mask shapes", refused=_READS_MASK),
+)
+
+# Families that slice query rows off their masks (key-value sharing layers need only the last tokens in a prefill).
+SLICES_MASKS = frozenset({"gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"})
+
+# Attention classes with a computation of their own that never see our masks: safe to leave to transformers.
+HARMLESS_CLASSES = frozenset({"MiniMaxLightningAttention"})
+
+REFUSED: dict[str, Family] = {t: family for family in FAMILIES if family.refused for t in family.model_types}

@@ -5,3 +5,16 @@ if not __name__.startswith("hf_flash_mc."):
         f"this folder is hf_flash_mc.ops, but it was imported as {__name__!r}: a second copy would register every op "
         "twice. Use `import hf_flash_mc.ops`."
     )
+
+from .api import Explanation, explain_attention, flash_attention, flash_attention_varlen
+from .distributed import merge_attention
+from .library import sac_save_list
+
+__all__ = [
+    "Explanation",
+    "explain_attention",
+    "flash_attention",
+    "flash_attention_varlen",
+    "merge_attention",
+    "sac_save_list",
+]

@@ -1,0 +1,314 @@
+"""The public attention functions: arguments brought into one form, checked, and sent to the ops in library.py."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, library
+from .spec import Spec, Varlen
+
+_NO_OFFSETS = (0, 0, 0, 0)
+_INF = float("inf")
+# what "auto" chooses for tensors of a device type; a meta tensor's call only has a shape
+_AUTO = {"cpu": "cpu", "cuda": "triton", "xpu": "triton", "meta": "reference"}
+_SERVED = {("cpu", "cpu"), ("cuda", "triton"), ("xpu", "triton")}
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    key_ranges: Tensor | None = None,
+    mask: Any = None,
+    bias: Tensor | None = None,
+    key_log_weight: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    dropout_offsets: tuple[int, int, int, int] = _NO_OFFSETS,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Any:
+    """softmax(scale * q k^T + ...) v, exactly, in memory linear in the sequence lengths.
+
+    The logits are scale * q.k, soft-capped, plus ALiBi, bias and key_log_weight. The visibility rules (causal, window,
+    key_ranges, mask) intersect. A row that sees no key gives out 0 and lse -inf (or its sink), and gradients of 0.
+
+    Args:
+        q: ``[B, Hq, Sq, D]``, any strides; fp16, bf16 or fp32 (fp64 on the CPU). Under autocast q, k and v are cast.
+        k: ``[B, Hkv, Sk, D]``; Hq must be a multiple of Hkv, query head h reads key head h // (Hq // Hkv).
+        v: ``[B, Hkv, Sk, Dv]``.
+        causal: row i sees keys up to i + Sk - Sq (aligned at the bottom right).
+        window: ``(left, right)``: row i sees keys from i + Sk - Sq - left to i + Sk - Sq + right; None is unbounded.
+        key_ranges: int32 ``[B or 1, Hq or 1, Sq, 2]``: row i sees keys lo <= j < hi, clamped to [0, Sk].
+        mask: bool, True = seen, broadcastable to ``[B, Hq, Sq, Sk]``; or a flex_attention BlockMask, which is
+            evaluated into such a mask here: memory of the order Sq * Sk.
+        bias: broadcastable to ``[B, Hq, Sq, Sk]``; differentiable. It and the next four: fp32 or q's dtype.
+        key_log_weight: ``[B or 1, Hkv or 1, Sk]``: the key weighs like exp(w) keys, -inf removes it; differentiable.
+        alibi_slopes: ``[Hq]`` or ``[B, Hq]``: adds -slope * |i + Sk - Sq - j|; no gradient.
+        softcap: c * tanh(logits / c); None for no cap.
+        sinks: ``[Hq]``: one more logit for each row, whose value is 0; differentiable.
+        scale: None for D ** -0.5. A scale that is learned belongs into q.
+        dropout_p: probability of dropping a weight, in steps of 1/256; applies whenever it is not 0.
+        dropout_seed: an int, an int64 tensor of one element, or None to draw one on the device.
+        dropout_offsets: global (batch, head, row, column) of this call's first element, for shards of one attention.
+        return_lse: also return the log-sum-exp of each row's visible logits and sink; differentiable.
+        impl: "auto", "hopper", "triton", "cpu" or "reference". A named one runs or raises.
+
+    Returns:
+        out ``[B, Hq, Sq, Dv]``, on memory ``[B, Sq, Hq, Dv]``; with return_lse also lse ``[B, Hq, Sq]``, fp32.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: with every reason why this call cannot run. Under torch.compile
+            shapes, dtypes and Python numbers are checked just so, while tracing.
+
+    Source: Dao, "FlashAttention-2" (2023). The definition in code: ``hf_flash_mc/ops/reference.py``.
+    """
+    compiling = torch.compiler.is_compiling()
+    kind = q.device.type if isinstance(q, Tensor) else ""
+    if impl == "auto":
+        impl = _AUTO.get(kind, "auto")
+    if not compiling and kind and torch.is_autocast_enabled(kind):
+        q, k, v = library.autocast_qkv(kind, q, k, v)
+    left, right = (-1, -1) if window is None else _window(window)
+    cap = 0.0 if softcap is None else softcap if softcap > 0 else -1.0
+    seed = _seed(dropout_seed, q) if dropout_p else None
+    if mask is not None:
+        mask = _four_dims(mask if isinstance(mask, Tensor) else _evaluate(mask, q, k))
+    if bias is not None:
+        bias = _four_dims(bias)
+    args = (
+        q, k, v, impl, key_ranges, mask, bias, key_log_weight, alibi_slopes, sinks, seed,
+        scale, causal, left, right, cap, dropout_p, dropout_offsets,
+    )  # fmt: skip
+    if not compiling and not (
+        key_ranges is mask is bias is key_log_weight is alibi_slopes is sinks is None
+        and not dropout_p
+        and left >= -1 <= right
+        and 0 <= cap < _INF
+        and (scale is None or 0 < scale < _INF)
+        and _is_plain(q, k, v, kind, impl)
+    ):
+        problems = checks.find_problems(q, k, v, impl, Spec(*args[4:]))
+        if problems:
+            checks.raise_problems(problems)
+    out, lse = library.attention(*args)
+    return (out, lse) if return_lse else out
+
+
+def flash_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    key_ranges: Tensor | None = None,
+    mask: None = None,
+    bias: None = None,
+    key_log_weight: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    dropout_offsets: tuple[int, int, int, int] = _NO_OFFSETS,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Any:
+    """``flash_attention`` of sequences that are packed one after the other, without padding.
+
+    Sequence i is rows ``cu_seqlens_q[i]`` to ``cu_seqlens_q[i + 1]`` of q, and likewise of k and v. Arguments not
+    listed mean what they mean in ``flash_attention``; positions count from the start of each sequence.
+
+    Args:
+        q: ``[Tq, Hq, D]``; k: ``[Tk, Hkv, D]``; v: ``[Tk, Hkv, Dv]``.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 ``[N + 1]``, rising from 0 to Tq and Tk. Their values are checked in
+            eager on the CPU, and on a GPU with ``HF_FLASH_MC_CHECKS=1`` (a check waits for the device).
+        max_seqlen_q, max_seqlen_k: at least the longest sequence; Python ints.
+        key_ranges: int32 ``[Tq, 2]`` or ``[Hq, Tq, 2]``, local to the sequence.
+        key_log_weight: ``[Hkv or 1, Tk]``. alibi_slopes: ``[Hq]`` or ``[N, Hq]``.
+        mask, bias: raise; packed sequences take neither.
+
+    Returns:
+        out ``[Tq, Hq, Dv]``; with return_lse also lse ``[Hq, Tq]``.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as ``flash_attention``.
+    """
+    compiling = torch.compiler.is_compiling()
+    kind = q.device.type if isinstance(q, Tensor) else ""
+    if impl == "auto":
+        impl = _AUTO.get(kind, "auto")
+    if not compiling and kind and torch.is_autocast_enabled(kind):
+        q, k, v = library.autocast_qkv(kind, q, k, v)
+    left, right = (-1, -1) if window is None else _window(window)
+    cap = 0.0 if softcap is None else softcap if softcap > 0 else -1.0
+    seed = _seed(dropout_seed, q) if dropout_p else None
+    if key_ranges is not None and isinstance(key_ranges, Tensor) and key_ranges.dim() == 2:
+        key_ranges = key_ranges[None]
+    cu_seqlens_q, cu_seqlens_k = _int32(cu_seqlens_q), _int32(cu_seqlens_k)
+    packed = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options = (
+        key_ranges, mask, bias, key_log_weight, alibi_slopes, sinks, seed,
+        scale, causal, left, right, cap, dropout_p, dropout_offsets,
+    )  # fmt: skip
+    if not compiling:
+        varlen = Varlen(*packed)
+        problems = checks.find_problems(q, k, v, impl, Spec(*options), varlen)
+        if not problems and _may_read(cu_seqlens_q) and _may_read(cu_seqlens_k):
+            problems = checks.cu_seqlens_problems(q, k, varlen)
+        if problems:
+            checks.raise_problems(problems, "flash_attention_varlen")
+    out, lse = library.attention(q, k, v, *packed, impl, *options)
+    return (out, lse) if return_lse else out
+
+
+class Explanation(NamedTuple):
+    """What ``impl="auto"`` would choose. ``impl`` is None where nothing would run."""
+
+    impl: str | None
+    reasons: list[str]
+
+    def __str__(self) -> str:
+        return "\n".join([self.impl or "no back end", *(f"  - {reason}" for reason in self.reasons)])
+
+
+def explain_attention(q: Tensor, k: Tensor, v: Tensor, *, impl: str = "auto", **options: Any) -> Explanation:
+    """Which back end the call with these arguments would run on, and why; runs nothing.
+
+    Args:
+        q, k, v, options: as for ``flash_attention``, or ``flash_attention_varlen`` where cu_seqlens_q is among them.
+
+    Returns:
+        Explanation: ``.impl`` and ``.reasons``; prints as a list.
+    """
+    chosen = _AUTO.get(q.device.type, "auto") if impl == "auto" else impl
+    if impl != "auto":
+        reasons = [f"impl={impl!r} was asked for"]
+    else:
+        reasons = {
+            "cpu": ["CPU tensors run on the exact CPU back end"],
+            "triton": [f"{q.device.type} tensors run on the portable Triton kernels", *_why_not_hopper(q)],
+            "reference": ["meta tensors only have shapes: nothing is computed"],
+        }.get(chosen, [])
+    mask = options.get("mask")
+    if mask is not None and not isinstance(mask, Tensor):
+        reasons.append("mask: a BlockMask becomes a dense mask of memory Sq * Sk; key_ranges would cost O(Sq)")
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = library.autocast_qkv(q.device.type, q, k, v)
+    spec, varlen = _describe(q, options)
+    problems = [text for _, text in checks.find_problems(q, k, v, chosen, spec, varlen)]
+    if not problems:
+        problems = library.back_end(chosen).unsupported(q, k, v, spec, varlen)
+    return Explanation(None if problems else chosen, reasons + problems)
+
+
+def _describe(q: Tensor, options: dict[str, Any]) -> tuple[Spec, Varlen | None]:
+    """The Spec of these keyword arguments; seeds and masks are not made, only stood in for."""
+    options = dict(options)
+    options.pop("return_lse", None)
+    varlen = None
+    if "cu_seqlens_q" in options:
+        varlen = Varlen(*(options.pop(name) for name in Varlen._fields))
+        varlen = varlen._replace(cu_seqlens_q=_int32(varlen.cu_seqlens_q), cu_seqlens_k=_int32(varlen.cu_seqlens_k))
+        ranges = options.get("key_ranges")
+        if ranges is not None and ranges.dim() == 2:
+            options["key_ranges"] = ranges[None]
+    options["window_left"], options["window_right"] = _window(options.pop("window", None) or (None, None))
+    cap = options.get("softcap")
+    options["softcap"] = 0.0 if cap is None else cap if cap > 0 else -1.0
+    if options.get("dropout_p"):
+        options["dropout_seed"] = torch.zeros((), dtype=torch.int64, device=q.device)
+    options["bias"] = _four_dims(options.get("bias"))
+    mask = options.get("mask")
+    options["mask"] = _four_dims(mask) if isinstance(mask, Tensor) else None
+    return Spec(**options), varlen
+
+
+def _why_not_hopper(q: Tensor) -> list[str]:
+    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9:
+        return []
+    return [f"not on hopper: {reason}" for reason in checks.impl_problems(q, q, "hopper")]
+
+
+def _is_plain(q: Tensor, k: Tensor, v: Tensor, kind: str, impl: str) -> bool:
+    """The checks of q, k, v and impl in one pass without a word: every call makes them."""
+    try:
+        b, hq, sq, d = q.shape
+        bk, hkv, sk, dk = k.shape
+        bv, hv, sv, dv = v.shape
+    except (AttributeError, ValueError):
+        return False
+    dtype, device = q.dtype, q.device
+    return (
+        b == bk == bv
+        and hkv == hv
+        and sk == sv
+        and d == dk
+        and (kind, impl) in _SERVED
+        and (0 < d <= 256 and 0 < dv <= 256)
+        and hkv > 0
+        and hq % hkv == 0
+        and dtype == k.dtype == v.dtype
+        and device == k.device == v.device
+        and dtype in checks.GPU_DTYPES
+        and sq <= checks.MAX_LENGTH >= sk
+    )
+
+
+def _window(window: Any) -> tuple[int, int]:
+    """(left, right) with -1 for unbounded; a negative number becomes -2, which the checks refuse."""
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window: expected (left, right), each an int >= 0 or None for unbounded, got {window!r}")
+    left, right = window
+    return (
+        -1 if left is None else left if left >= 0 else -2,
+        -1 if right is None else right if right >= 0 else -2,
+    )
+
+
+def _seed(seed: Any, q: Tensor) -> Any:
+    """The seed as a tensor: drawing and filling happen on the device, in the graph where there is one."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
+    return seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=q.device)
+
+
+def _four_dims(x: Any) -> Any:
+    """Leading dimensions of size 1 until there are four; what is no tensor is left to the checks."""
+    return x[(None,) * (4 - x.dim())] if isinstance(x, Tensor) and x.dim() < 4 else x
+
+
+def _evaluate(mask: Any, q: Tensor, k: Tensor) -> Any:
+    from .block_mask import dense_mask
+
+    return dense_mask(mask, q, k)
+
+
+def _int32(x: Any) -> Any:
+    return x.to(torch.int32) if isinstance(x, Tensor) and x.dtype == torch.int64 else x
+
+
+def _may_read(cu_seqlens: Tensor) -> bool:
+    """Whether values may be looked at: plain tensors, and on a GPU only if asked, because reading waits for it."""
+    if type(cu_seqlens) is not Tensor or torch._C._are_functorch_transforms_active():
+        return False
+    if cu_seqlens.device.type == "cpu":
+        return True
+    return not cu_seqlens.is_meta and os.environ.get("HF_FLASH_MC_CHECKS") == "1"

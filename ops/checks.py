@@ -1,0 +1,245 @@
+"""What makes an attention call wrong, as readable reasons. Shapes, dtypes, devices and Python numbers; never values."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .spec import Spec, Varlen, dropout_threshold
+
+Problem = tuple[type[Exception], str]
+
+GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ALL_DTYPES = (*GPU_DTYPES, torch.float64)
+# impl -> dtypes, largest head dim (None: any)
+LIMITS: dict[str, tuple[tuple[torch.dtype, ...], int | None]] = {
+    "triton": (GPU_DTYPES, 256),
+    "cpu": (ALL_DTYPES, None),
+    "reference": (ALL_DTYPES, None),
+}
+IMPLS = ("auto", "hopper", "triton", "cpu", "reference")
+MAX_LENGTH = 2**31 - 1
+
+
+def raise_problems(problems: list[Problem], name: str = "flash_attention") -> NoReturn:
+    """One exception with every reason: of their common type, else a ValueError."""
+    types = {kind for kind, _ in problems}
+    kind = types.pop() if len(types) == 1 else ValueError
+    lines = "".join(f"\n  - {text}" for _, text in problems)
+    raise kind(f"{name}: {len(problems)} problem{'s' * (len(problems) > 1)} with this call{lines}")
+
+
+def find_problems(
+    q: Tensor, k: Tensor, v: Tensor, impl: str, spec: Spec, varlen: Varlen | None = None
+) -> list[Problem]:
+    """Every reason why this call cannot run; arguments as the ops take them. Safe under tracing: looks at no value."""
+    problems: list[Problem] = []
+    say = problems.append
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            say((TypeError, f"{name}: expected a torch.Tensor, got {type(x).__name__}"))
+    if problems:
+        return problems
+    layout = "[B, H, S, D]" if varlen is None else "[T, H, D]"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != (4 if varlen is None else 3):
+            say((ValueError, f"{name}: expected {layout}, got {x.dim()} dimensions, shape {_shape(x)}"))
+    if not problems:
+        _check_shapes(q, k, v, varlen, say)
+    known = not problems  # what the optional tensors must look like follows from q, k and v
+    _check_types(q, k, v, impl, say)
+    _check_numbers(spec, say)
+    if known:
+        _check_options(q, k, spec, varlen, say)
+        if varlen is not None:
+            _check_varlen(q, varlen, say)
+    return problems
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen | None, say: Callable[[Problem], None]) -> None:
+    heads = 1 if varlen is None else -2
+    hq, hkv = q.shape[heads], k.shape[heads]
+    if varlen is None and not q.shape[0] == k.shape[0] == v.shape[0]:
+        say((ValueError, f"q, k, v: expected one batch size, got {q.shape[0]}, {k.shape[0]} and {v.shape[0]}"))
+    if hkv != v.shape[heads]:
+        say((ValueError, f"k, v: expected the same number of heads, got {hkv} and {v.shape[heads]}"))
+    if hq % hkv if hkv else hq:
+        say((ValueError, f"q, k: expected query heads to be a multiple of key heads, got {hq} and {hkv}"))
+    length = 2 if varlen is None else 0
+    if k.shape[length] != v.shape[length]:
+        say((ValueError, f"k, v: expected the same length, got {k.shape[length]} and {v.shape[length]}"))
+    if q.shape[-1] != k.shape[-1]:
+        say((ValueError, f"q, k: expected the same head dim, got {q.shape[-1]} and {k.shape[-1]}"))
+    if q.shape[-1] == 0 or v.shape[-1] == 0:
+        say((ValueError, f"q, v: expected head dims of at least 1, got {q.shape[-1]} and {v.shape[-1]}"))
+    for name, x in (("q", q), ("k", k)):
+        if isinstance(x.shape[length], int) and x.shape[length] > MAX_LENGTH:
+            say((ValueError, f"{name}: expected at most {MAX_LENGTH} rows, got {x.shape[length]}"))
+
+
+def _check_types(q: Tensor, k: Tensor, v: Tensor, impl: str, say: Callable[[Problem], None]) -> None:
+    if not q.dtype == k.dtype == v.dtype:
+        got = f"{q.dtype}, {k.dtype} and {v.dtype}"
+        say((TypeError, f"q, k, v: expected one dtype, got {got}; cast them, or call under torch.autocast"))
+    if not q.device == k.device == v.device:
+        say((ValueError, f"q, k, v: expected one device, got {q.device}, {k.device} and {v.device}"))
+    if impl not in IMPLS:
+        say((ValueError, f"impl: expected one of {', '.join(map(repr, IMPLS))}, got {impl!r}"))
+        return
+    for reason in impl_problems(q, v, impl):
+        say((NotImplementedError, f"impl={impl!r}: {reason}"))
+
+
+def impl_problems(q: Tensor, v: Tensor, impl: str) -> list[str]:
+    """Why this back end cannot take tensors of this device, dtype and head dim, and the way out."""
+    if impl == "hopper":
+        return ["this version has no Hopper kernels; use impl='triton', which runs on sm_90 too"]
+    if impl not in LIMITS:
+        return [f"no back end serves {q.device.type} tensors; use impl='reference', or move them to a CPU or GPU"]
+    dtypes, head_dim = LIMITS[impl]
+    reasons, kind = [], q.device.type
+    if impl == "cpu" and kind not in ("cpu", "meta"):
+        reasons.append(f"expected CPU tensors, got {kind}; use impl='auto' or impl='triton'")
+    if impl == "triton" and kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        reasons.append("expected GPU tensors, got cpu (only TRITON_INTERPRET=1 runs them there); use impl='auto'")
+    if q.dtype not in dtypes:
+        way_out = "cast them" if q.dtype not in ALL_DTYPES else "cast them, or use impl='reference'"
+        reasons.append(f"expected q, k and v in {', '.join(map(str, dtypes))}, got {q.dtype}; {way_out}")
+    if head_dim is not None and q.dim() in (3, 4) and not (q.shape[-1] <= head_dim and v.shape[-1] <= head_dim):
+        got = f"{q.shape[-1]} and {v.shape[-1]}"
+        reasons.append(f"expected head dims up to {head_dim}, got {got}; use impl='reference'")
+    return reasons
+
+
+def _check_numbers(spec: Spec, say: Callable[[Problem], None]) -> None:
+    scale, softcap, p = spec.scale, spec.softcap, spec.dropout_p
+    if scale is not None and not 0 < scale < float("inf"):
+        say((ValueError, f"scale: expected a finite number > 0, or None for D ** -0.5, got {scale}"))
+    # api.py turns what users may not pass into softcap < 0 and windows < -1
+    if not 0 <= softcap < float("inf"):
+        say((ValueError, "softcap: expected a finite number > 0, or None for no cap"))
+    for side, x in (("left", spec.window_left), ("right", spec.window_right)):
+        if x < -1:
+            say(
+                (ValueError, f"window: expected at least 0 on the {side}, or None for unbounded, got a negative number")
+            )
+    if not 0 <= p < 1:
+        say((ValueError, f"dropout_p: expected a probability in [0, 1), got {p}"))
+    elif p and not 0 < dropout_threshold(p) < 256:
+        step = "p is quantised to steps of 1/256, and this one rounds to"
+        say((ValueError, f"dropout_p: {step} {dropout_threshold(p) // 256}, got {p}; use 0 or 1/256 to 255/256"))
+    if p and spec.dropout_seed is None:
+        say((ValueError, "dropout_seed: expected an int64 tensor of one element where dropout_p > 0, got None"))
+    offsets = spec.dropout_offsets
+    if len(offsets) != 4 or any(x < 0 for x in offsets):
+        say((ValueError, f"dropout_offsets: expected (batch, head, row, column), each >= 0, got {tuple(offsets)}"))
+
+
+def _check_options(q: Tensor, k: Tensor, spec: Spec, varlen: Varlen | None, say: Callable[[Problem], None]) -> None:
+    """The optional tensors: type, device, dtype and shape."""
+    heads, length = (1, 2) if varlen is None else (1, 0)
+    b, hq, hkv, sq, sk = q.shape[0], q.shape[heads], k.shape[heads], q.shape[length], k.shape[length]
+    floats = (torch.float32, q.dtype)
+    if varlen is None:
+        full = ((1, b), (1, hq), (1, sq), (1, sk))
+        shapes: dict[str, tuple[str, Any]] = {
+            "key_ranges": ("[B or 1, Hq or 1, Sq, 2]", [((1, b), (1, hq), sq, 2)]),
+            "mask": ("a shape that broadcasts to [B, Hq, Sq, Sk]", [full]),
+            "bias": ("a shape that broadcasts to [B, Hq, Sq, Sk]", [full]),
+            "key_log_weight": ("[B or 1, Hkv or 1, Sk]", [((1, b), (1, hkv), sk)]),
+            "alibi_slopes": ("[Hq] or [B, Hq]", [(hq,), (b, hq)]),
+        }
+    else:
+        n = varlen.cu_seqlens_q.shape[0] - 1 if varlen.cu_seqlens_q.dim() == 1 else 0
+        for name in ("mask", "bias"):
+            if getattr(spec, name) is not None:
+                way_out = "use key_ranges, or pad and use flash_attention"
+                say((NotImplementedError, f"{name}: packed sequences take none; {way_out}"))
+        spec = spec._replace(mask=None, bias=None)
+        shapes = {
+            "key_ranges": ("[Tq, 2] or [Hq, Tq, 2]", [((1, hq), sq, 2)]),
+            "key_log_weight": ("[Hkv or 1, Tk]", [((1, hkv), sk)]),
+            "alibi_slopes": ("[Hq] or [N, Hq]", [(hq,), (n, hq)]),
+        }
+    shapes["sinks"] = ("[Hq]", [(hq,)])
+    dtypes = {"key_ranges": (torch.int32,), "mask": (torch.bool,)}
+    for name, (layout, allowed) in shapes.items():
+        x = getattr(spec, name)
+        if x is None:
+            continue
+        if not _is_tensor(name, x, q, dtypes.get(name, floats), say):
+            continue
+        if not any(_fits(x, shape) for shape in allowed):
+            say((ValueError, f"{name}: expected {layout}, got shape {_shape(x)} with q {_shape(q)}, k {_shape(k)}"))
+    if isinstance(spec.alibi_slopes, Tensor) and spec.alibi_slopes.requires_grad:
+        say(
+            (
+                ValueError,
+                "alibi_slopes: expected requires_grad=False, they have no gradient; to learn them, pass a bias",
+            )
+        )
+    seed = spec.dropout_seed
+    if seed is not None and _is_tensor("dropout_seed", seed, q, (torch.int64,), say) and seed.numel() != 1:
+        say((ValueError, f"dropout_seed: expected one element, got shape {_shape(seed)}"))
+
+
+def _check_varlen(q: Tensor, varlen: Varlen, say: Callable[[Problem], None]) -> None:
+    lengths = []
+    for name, cu in (("cu_seqlens_q", varlen.cu_seqlens_q), ("cu_seqlens_k", varlen.cu_seqlens_k)):
+        if _is_tensor(name, cu, q, (torch.int32,), say):
+            if cu.dim() != 1:
+                say((ValueError, f"{name}: expected [N + 1], got shape {_shape(cu)}"))
+            else:
+                lengths.append(cu.shape[0])
+    if len(lengths) == 2 and (lengths[0] != lengths[1] or lengths[0] < 1):
+        say((ValueError, f"cu_seqlens_q, cu_seqlens_k: expected one length N + 1, got {lengths[0]} and {lengths[1]}"))
+    for name, n in (("max_seqlen_q", varlen.max_seqlen_q), ("max_seqlen_k", varlen.max_seqlen_k)):
+        if n < 0:
+            say((ValueError, f"{name}: expected at least 0, got {n}"))
+
+
+def cu_seqlens_problems(q: Tensor, k: Tensor, varlen: Varlen) -> list[Problem]:
+    """What is wrong with the values of cu_seqlens. Reads them: on a GPU this waits for the device."""
+    problems: list[Problem] = []
+    for side, cu, total, longest in (
+        ("q", varlen.cu_seqlens_q, q.shape[0], varlen.max_seqlen_q),
+        ("k", varlen.cu_seqlens_k, k.shape[0], varlen.max_seqlen_k),
+    ):
+        at = cu.tolist()
+        steps = [b - a for a, b in itertools.pairwise(at)]
+        if at[0] != 0 or at[-1] != total or any(n < 0 for n in steps):
+            got = at if len(at) < 9 else [*at[:4], "...", *at[-4:]]
+            text = f"expected to rise from 0 to {total}, the number of rows, got {got}"
+            problems.append((ValueError, f"cu_seqlens_{side}: {text}"))
+        elif max(steps, default=0) > longest:
+            text = f"expected at least {max(steps)}, the longest sequence, got {longest}"
+            problems.append((ValueError, f"max_seqlen_{side}: {text}"))
+    return problems
+
+
+def _is_tensor(name: str, x: Any, q: Tensor, dtypes: tuple[torch.dtype, ...], say: Callable[[Problem], None]) -> bool:
+    if not isinstance(x, Tensor):
+        say((TypeError, f"{name}: expected a torch.Tensor, got {type(x).__name__}"))
+        return False
+    if x.dtype not in dtypes:
+        say((TypeError, f"{name}: expected {' or '.join(map(str, dict.fromkeys(dtypes)))}, got {x.dtype}"))
+    if x.device != q.device:
+        say((ValueError, f"{name}: expected it on {q.device} with q, got {x.device}"))
+    return True
+
+
+def _fits(x: Tensor, shape: tuple[Any, ...]) -> bool:
+    """Whether each dimension has its size, or one of its two sizes."""
+    # a pair is tried from its full size: with symbolic sizes that is known without a guard, 1 is not
+    return x.dim() == len(shape) and all(
+        (n == m[1] or n == m[0]) if isinstance(m, tuple) else n == m for n, m in zip(x.shape, shape, strict=True)
+    )
+
+
+def _shape(x: Tensor) -> str:
+    return str(tuple(x.shape))

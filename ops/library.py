@@ -1,0 +1,377 @@
+"""The attention ops: schemas, bodies, fakes, autograd, autocast and FLOP formulas. Torch only.
+
+Four ops, ``attn_fwd``, ``attn_bwd`` and the same for packed sequences, take every argument of ``flash_attention`` as
+``Spec`` lists them and the name of the back end. They are pure: randomness comes in as a tensor, nothing is mutated,
+outputs never share memory with inputs and always have the strides that ``spec.new_bshd`` gives.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks
+from .lazy import when_imported
+from .spec import Needs, Spec, Varlen, new_bshd, new_lse
+
+# Compile caches do not notice a changed fake or backward formula: raise the version when either contract changes.
+NAMESPACE = "hf_flash_mc_v1"
+BACK_ENDS = {"cpu": "cpu", "triton": "portable.launch", "reference": "dense"}
+
+_SPEC = (
+    "Tensor? key_ranges=None, Tensor? mask=None, Tensor? bias=None, Tensor? key_log_weight=None, "
+    "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? dropout_seed=None, float? scale=None, bool causal=False, "
+    "SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, float dropout_p=0.0, "
+    "SymInt[4] dropout_offsets=[0, 0, 0, 0]"
+)
+_PACKED = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_TENSORS, _NUMBERS = 7, 7  # how many of _SPEC's arguments are tensors (they come first), and are not
+
+_lib = torch.library.Library(NAMESPACE, "DEF")
+# Strides are read by every back end, so Inductor may keep any order it had in eager.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+for _name, _packed in (("attn", ""), ("attn_varlen", _PACKED)):
+    _lib.define(
+        f"{_name}_fwd(Tensor q, Tensor k, Tensor v, {_packed}str impl, {_SPEC}) -> (Tensor, Tensor)", tags=_TAGS
+    )
+    _lib.define(
+        f"{_name}_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor fwd_out, Tensor lse, "
+        f"bool[6] needs, bool deterministic, {_packed}str impl, {_SPEC}) -> {_GRADIENTS}",
+        tags=_TAGS,
+    )
+_ops = getattr(torch.ops, NAMESPACE)
+FWD, BWD = _ops.attn_fwd.default, _ops.attn_bwd.default
+VARLEN_FWD, VARLEN_BWD = _ops.attn_varlen_fwd.default, _ops.attn_varlen_bwd.default
+_FWD_ARGUMENTS, _VARLEN_ARGUMENTS = 4 + _TENSORS + _NUMBERS, 8 + _TENSORS + _NUMBERS
+
+
+# ---- bodies ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def back_end(impl: str) -> ModuleType:
+    """The module behind an ``impl`` name, imported on first use."""
+    if impl not in BACK_ENDS:
+        raise NotImplementedError(f"impl={impl!r}: this version has {', '.join(map(repr, BACK_ENDS))}")
+    return importlib.import_module(f".{BACK_ENDS[impl]}", __package__)
+
+
+def _make_spec(options: tuple[Any, ...]) -> Spec:
+    """The dispatcher leaves out trailing arguments that equal their defaults, which are Spec's defaults."""
+    return Spec(*options[:-1], tuple(options[-1])) if len(options) == _TENSORS + _NUMBERS else Spec(*options)
+
+
+def _fwd(q: Tensor, k: Tensor, v: Tensor, impl: str, *options: Any) -> tuple[Tensor, Tensor]:
+    return _forward(q, k, v, impl, _make_spec(options), None)
+
+
+def _varlen_fwd(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, impl: str, *options: Any
+):
+    return _forward(q, k, v, impl, _make_spec(options), Varlen(cu_q, cu_k, max_q, max_k))
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, impl: str, spec: Spec, varlen: Varlen | None) -> tuple[Tensor, Tensor]:
+    if q.numel() == 0 or k.numel() == 0:
+        return _empty_forward(q, v, spec)
+    out, lse = back_end(impl).forward(q, k, v, spec, varlen)
+    if not _is_bshd(out):
+        out = new_bshd(q, v.shape[-1]).copy_(out)
+    return out, lse if lse.is_contiguous() else lse.contiguous()
+
+
+def _bwd(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, needs: list[bool],
+    deterministic: bool, impl: str, *options: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return _backward(dout, dlse, q, k, v, out, lse, Needs(*needs), deterministic, impl, _make_spec(options), None)
+
+
+def _varlen_bwd(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, needs: list[bool],
+    deterministic: bool, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, impl: str, *options: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    varlen = Varlen(cu_q, cu_k, max_q, max_k)
+    return _backward(dout, dlse, q, k, v, out, lse, Needs(*needs), deterministic, impl, _make_spec(options), varlen)
+
+
+def _backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, needs: Needs,
+    deterministic: bool, impl: str, spec: Spec, varlen: Varlen | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    if q.numel() == 0 or k.numel() == 0:
+        return _empty_backward(dlse, q, k, v, needs, spec)
+    found = back_end(impl).backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen)
+    grads = [
+        q.new_empty(0) if x is None else x if _is_bshd(x) else new_bshd(like).copy_(x)
+        for x, like in zip(found[:3], (q, k, v), strict=True)
+    ]
+    grads += [q.new_empty(0) if x is None else x if x.is_contiguous() else x.contiguous() for x in found[3:]]
+    return tuple(grads)
+
+
+def _empty_forward(q: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+    """No query, or no key: then every row gives 0, and lse is the sink or -inf."""
+    lse = new_lse(q).fill_(float("-inf"))
+    if spec.sinks is not None:
+        lse.copy_((spec.sinks[:, None]).expand_as(lse))
+    return new_bshd(q, v.shape[-1]).zero_(), lse
+
+
+def _empty_backward(
+    dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, needs: Needs, spec: Spec
+) -> tuple[Tensor, ...]:
+    like = (q, k, v, spec.bias, spec.key_log_weight, spec.sinks)
+    grads = _new_gradients(like, needs)
+    for grad in grads:
+        grad.zero_()
+    if needs.dsinks and dlse is not None:  # lse is the sink itself
+        heads = dlse.sum((0, 2) if dlse.dim() == 3 else 1)
+        grads[5].copy_(heads)
+    return grads
+
+
+def _new_gradients(like: tuple[Tensor | None, ...], needs: Needs) -> tuple[Tensor, ...]:
+    """Uninitialised dq, dk, dv, dbias, dkey_log_weight and dsinks; of size 0 where not needed."""
+    q = like[0]
+    return tuple(
+        q.new_empty(0) if not need else new_bshd(x) if i < 3 else x.new_empty(x.shape)
+        for i, (x, need) in enumerate(zip(like, needs, strict=True))
+    )
+
+
+def _is_bshd(x: Tensor) -> bool:
+    """Whether x has exactly the strides that new_bshd gives."""
+    if x.dim() == 3:
+        return x.is_contiguous()
+    _, h, s, d = x.shape
+    return x.stride() == (s * h * d, d, h * d, 1)
+
+
+# ---- fakes -----------------------------------------------------------------------------------------------------------
+
+
+def _fake_fwd(q: Tensor, k: Tensor, v: Tensor, impl: str, *options: Any) -> tuple[Tensor, Tensor]:
+    return _fake_forward(q, k, v, impl, Spec(*options), None)
+
+
+def _fake_varlen_fwd(q, k, v, cu_q, cu_k, max_q, max_k, impl, *options):
+    return _fake_forward(q, k, v, impl, Spec(*options), Varlen(cu_q, cu_k, max_q, max_k))
+
+
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, impl: str, spec: Spec, varlen: Varlen | None
+) -> tuple[Tensor, Tensor]:
+    # compiled code checks here and not in api.py: the tracer runs this function, but would trace through that one
+    if problems := checks.find_problems(q, k, v, impl, spec, varlen):
+        checks.raise_problems(problems, "flash_attention" if varlen is None else "flash_attention_varlen")
+    return new_bshd(q, v.shape[-1]), new_lse(q)
+
+
+def _fake_bwd(dout, dlse, q, k, v, out, lse, needs, deterministic, impl, *options):
+    spec = Spec(*options)
+    return _new_gradients((q, k, v, spec.bias, spec.key_log_weight, spec.sinks), Needs(*needs))
+
+
+def _fake_varlen_bwd(dout, dlse, q, k, v, out, lse, needs, deterministic, cu_q, cu_k, max_q, max_k, impl, *options):
+    return _fake_bwd(dout, dlse, q, k, v, out, lse, needs, deterministic, impl, *options)
+
+
+for _name, _body, _fake in (
+    ("attn_fwd", _fwd, _fake_fwd),
+    ("attn_bwd", _bwd, _fake_bwd),
+    ("attn_varlen_fwd", _varlen_fwd, _fake_varlen_fwd),
+    ("attn_varlen_bwd", _varlen_bwd, _fake_varlen_bwd),
+):
+    _lib.impl(_name, _body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_lib)
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+def save_for_backward(ctx: Any, args: tuple[Any, ...], out: Tensor, lse: Tensor) -> None:
+    """Keep what the backward of ``attn_fwd(*args)`` or ``attn_varlen_fwd(*args)`` needs."""
+    first = len(args) - _TENSORS - _NUMBERS  # of the spec
+    ctx.packed = first > 4
+    tensors = args[first : first + _TENSORS]
+    ctx.save_for_backward(*args[:3], out, lse, *tensors, *(args[3:5] if ctx.packed else ()))
+    ctx.lengths = args[5:7] if ctx.packed else ()
+    ctx.impl, ctx.numbers = args[first - 1], args[first + _TENSORS :]
+    ctx.set_materialize_grads(False)
+
+
+def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None, bwd: Any = None) -> tuple[Any, ...]:
+    """The gradients of all arguments of the forward op, from what ``save_for_backward`` kept."""
+    q, k, v, out, lse, *rest = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    first = 8 if ctx.packed else 4
+    needs = [need[0], need[1], need[2], need[first + 2], need[first + 3], need[first + 5]]
+    if dout is None:
+        if dlse is None:
+            return (None,) * (first + _TENSORS + _NUMBERS)
+        dout = torch.zeros_like(out)
+    if bwd is None:
+        bwd = VARLEN_BWD if ctx.packed else BWD
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    packed = (*rest[_TENSORS:], *ctx.lengths)
+    found = bwd(
+        dout, dlse, q, k, v, out, lse, needs, deterministic, *packed, ctx.impl, *rest[:_TENSORS], *ctx.numbers
+    )  # fmt: skip
+    dq, dk, dv, dbias, dweight, dsinks = (x if n else None for x, n in zip(found, needs, strict=True))
+    return (dq, dk, dv, *(None,) * (first - 3), None, None, dbias, dweight, None, dsinks, None, *(None,) * _NUMBERS)
+
+
+def no_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
+    raise NotImplementedError(
+        "flash_attention: the second derivative of attention is not implemented; use hf_flash_mc.ops.reference, "
+        "or torch's scaled_dot_product_attention under SDPBackend.MATH"
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    save_for_backward(ctx, inputs, *output)
+
+
+# compiled, exported and DTensor programs differentiate the op itself
+for _name in ("attn", "attn_varlen"):
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}_fwd", gradients, setup_context=_setup_context, lib=_lib)
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}_bwd", no_double_backward, lib=_lib)
+
+
+class _Attention(torch.autograd.Function):
+    """Eager autograd: half the host time of the formula registered on the op, because nothing is re-bound per call."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = (FWD if len(args) == _FWD_ARGUMENTS else VARLEN_FWD)(*args)
+        save_for_backward(ctx, args, out, lse)
+        return out, lse
+
+    # not once_differentiable: that looks at incoming gradients alone, and would drop terms without a word
+    backward = staticmethod(gradients)
+
+
+def attention(*args: Any) -> tuple[Tensor, Tensor]:
+    """``attn_fwd(*args)`` or ``attn_varlen_fwd(*args)`` by the cheapest route that is right; takes all arguments."""
+    op = FWD if len(args) == _FWD_ARGUMENTS else VARLEN_FWD
+    if F.scaled_dot_product_attention is not _SDPA:
+        _refuse_context_parallel(F.scaled_dot_product_attention)
+    if torch.compiler.is_compiling():
+        return op(*args)  # the tracer must see the op itself
+    if torch._C._are_functorch_transforms_active():
+        from .functorch import functorch_attention
+
+        return functorch_attention(*args)
+    if _forward_ad_level() >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        return _Attention.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _forward_ad_level() -> int:
+    return torch.autograd.forward_ad._current_level
+
+
+# ---- context parallelism ---------------------------------------------------------------------------------------------
+
+_SDPA = torch._C._nn.scaled_dot_product_attention
+
+
+def _refuse_context_parallel(sdpa: Any) -> None:
+    # torch's context_parallel() replaces SDPA and nothing else: here each rank would attend to its own keys only
+    if getattr(sdpa, "__module__", "") == "torch.distributed.tensor.experimental._context_parallel._attention":
+        raise NotImplementedError(
+            "flash_attention: inside torch.distributed.tensor.experimental.context_parallel each rank would see only "
+            "its own part of the keys. Leave context_parallel() for this call, or use torch's scaled_dot_product_attention"
+        )
+
+
+# ---- autocast --------------------------------------------------------------------------------------------------------
+
+
+def autocast_qkv(kind: str, *qkv: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v in the autocast dtype of this device type; float64 stays."""
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x if x.dtype in (dtype, torch.float64) or not x.is_floating_point() else x.to(dtype) for x in qkv)
+
+
+def _register_autocast(kind: str, key: str) -> None:
+    """Under autocast q, k and v are cast and nothing else: bias, weights and sinks keep their precision."""
+    without = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(op: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(without):
+            return op(*autocast_qkv(kind, q, k, v), *rest)
+
+    def keep(op: Any, *args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(without):
+            return op(*args)
+
+    for name, op, kernel in (
+        ("attn_fwd", FWD, cast),
+        ("attn_varlen_fwd", VARLEN_FWD, cast),
+        ("attn_bwd", BWD, keep),
+        ("attn_varlen_bwd", VARLEN_BWD, keep),
+    ):
+        _lib.impl(name, functools.partial(kernel, op), key)
+
+
+for _kind in ("CPU", "CUDA", "XPU"):
+    _register_autocast(_kind.lower(), f"Autocast{_kind}")
+
+
+# ---- FLOP formulas, sharding rules, checkpointing --------------------------------------------------------------------
+
+
+def _register_flops(flop_counter: ModuleType) -> None:
+    """Full counts, causal or not, as torch counts its own: 2 P (D + Dv) forward, 2 P (3 D + 2 Dv) backward."""
+
+    def pairs(q: Tensor, k: Tensor, packed: tuple[Any, ...]) -> int:
+        if q.dim() == 4:
+            return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+        cu_q, cu_k, max_q, max_k = packed
+        if type(cu_q) is Tensor and not cu_q.is_meta:
+            return q.shape[1] * int((cu_q.diff().long() * cu_k.diff()).sum())
+        return q.shape[1] * (cu_q.shape[0] - 1) * max_q * max_k  # no values: the most it can be
+
+    def forward(q, k, v, *rest, out_val=None, **_):
+        return 2 * pairs(q, k, rest[:4]) * (q.shape[-1] + v.shape[-1])
+
+    def backward(dout, dlse, q, k, v, out, lse, needs, deterministic, *rest, out_val=None, **_):
+        return 2 * pairs(q, k, rest[:4]) * (3 * q.shape[-1] + 2 * v.shape[-1])
+
+    for packet, formula in (
+        (_ops.attn_fwd, forward),
+        (_ops.attn_varlen_fwd, forward),
+        (_ops.attn_bwd, backward),
+        (_ops.attn_varlen_bwd, backward),
+    ):
+        flop_counter.register_flop_formula(packet, get_raw=True)(formula)
+
+
+def _register_sharding(_: ModuleType) -> None:
+    from .sharding import register
+
+    register()
+
+
+# both modules take long to import (the first one imports triton), and only their users need these
+when_imported("torch.utils.flop_counter", _register_flops)
+when_imported("torch.distributed.tensor.experimental", _register_sharding)
+
+
+def sac_save_list() -> list[Any]:
+    """The ops whose outputs selective activation checkpointing should keep: recomputing them is what costs.
+
+    For ``torch.utils.checkpoint.create_selective_checkpoint_contexts(sac_save_list())``.
+    """
+    return [FWD, VARLEN_FWD]

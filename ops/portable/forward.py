@@ -1,0 +1,174 @@
+"""FlashAttention forward (Dao 2023, algorithm 1) in portable Triton.
+
+One program owns BLOCK_M query rows of one head and walks the keys that some of its rows may see. Tiles that every row
+sees run without mask code; the others come after, with it. The order is free, since the softmax is online.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import (
+    LN2,
+    LOG2E,
+    accumulate_parts,
+    dot_parts,
+    dropout_keep,
+    key_in_use,
+    load_parts,
+    load_tile,
+    masked_start,
+    plan_tiles,
+    range_hull,
+    row_ranges,
+    scale_parts,
+    sequence_bounds,
+    softmax_step,
+    store_parts,
+    tile_logits,
+    visible,
+    zero_parts,
+)
+
+
+@triton.jit
+def _forward_tiles(acc, m, l, q, row, lo, hi, k_ptr, v_ptr, k_desc, v_desc, stride_kn, stride_vn, batch, head_k, plan,
+                   mask_ptr, stride_mm, stride_mn, scale, softcap, slope, bias_ptr, stride_bm, stride_bn, weight_ptr,
+                   dropout, sq, sk, F: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """The walk over the masked or over the full tiles of a plan."""
+    BLOCK_N: tl.constexpr = F.BLOCK_N
+    DV_PARTS: tl.constexpr = F.DV_PARTS
+    D_PARTS: tl.constexpr = F.D_PARTS
+    DV: tl.constexpr = F.DV
+    D: tl.constexpr = F.D
+    PRECISION: tl.constexpr = F.PRECISION
+    start, full_start, full_tiles, left, masked_tiles = plan
+    SANITIZE: tl.constexpr = (MASKED and F.SANITIZE) or F.HAS_WEIGHT
+    TMA: tl.constexpr = F.TMA and not SANITIZE
+    CHECK: tl.constexpr = MASKED or SANITIZE
+    CAREFUL: tl.constexpr = MASKED or F.MAY_EMPTY
+    count = masked_tiles if MASKED else full_tiles
+    for i in tl.range(0, count):
+        if MASKED:
+            n0 = masked_start(i, start, full_start, full_tiles, left, BLOCK_N)
+        else:
+            n0 = full_start + i * BLOCK_N
+        col = n0 + tl.arange(0, BLOCK_N)
+        use = col < sk
+        if SANITIZE:
+            use = key_in_use(weight_ptr, col, sk, F)
+        if MASKED:
+            ok = visible(lo[:, None], hi[:, None], col[None, :], row[:, None], mask_ptr, stride_mm, stride_mn, sq, sk, F)
+            if SANITIZE:  # 0 * NaN is NaN, so values that no row of the tile sees are not even loaded
+                use = use & (tl.max(ok.to(tl.int32), 0) != 0)
+        k = load_tile(k_ptr, k_desc, batch, head_k, n0, use, stride_kn, BLOCK_N, D, D_PARTS, CHECK, TMA)
+        s = dot_parts(q, k, D_PARTS, PRECISION)
+        if not F.PLAIN:
+            s, _ = tile_logits(s, row[:, None], col[None, :], scale, softcap, slope, bias_ptr, stride_bm, stride_bn, weight_ptr, sq, sk, F)
+        if MASKED:
+            s = tl.where(ok, s, float("-inf"))
+        p, m, l, alpha = softmax_step(s, m, l, scale * LOG2E, F, CAREFUL)
+        if F.HAS_DROPOUT:
+            seed, head, index, off_m, off_n, threshold = dropout
+            p = tl.where(dropout_keep(seed, row[:, None], col[None, :], head, index, off_m, off_n, threshold), p, 0.0)
+        acc = scale_parts(acc, alpha, DV_PARTS)
+        v = load_tile(v_ptr, v_desc, batch, head_k, n0, use, stride_vn, BLOCK_N, DV, DV_PARTS, CHECK, TMA)
+        acc = accumulate_parts(p, v, acc, DV_PARTS, PRECISION)
+    return acc, m, l
+
+
+_RUNTIME_INTS = [
+    "HQ", "GROUP", "SQ", "SK", "max_q", "tiles", "window_left", "window_right", "threshold", "off_b", "off_h", "off_m",
+    "off_n", "stride_rb", "stride_rh", "stride_rm", "stride_wb", "stride_wh", "stride_ab",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_RUNTIME_INTS)
+def attn_fwd_kernel(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, k_desc, v_desc, ranges_ptr, mask_ptr, bias_ptr, weight_ptr,
+                    slopes_ptr, sinks_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
+                    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+                    stride_rb, stride_rh, stride_rm, stride_mb, stride_mh, stride_mm, stride_mn,
+                    stride_bb, stride_bh, stride_bm, stride_bn, stride_wb, stride_wh, stride_ab,
+                    scale, softcap, keep_scale, HQ, GROUP, SQ, SK, max_q, tiles, window_left, window_right, threshold,
+                    off_b, off_h, off_m, off_n, F: tl.constexpr):  # fmt: skip
+    """out and lse of BLOCK_M rows. Grid: tiles * HQ * B. For VARLEN, SQ and SK are the packed totals."""
+    BLOCK_M: tl.constexpr = F.BLOCK_M
+    BLOCK_N: tl.constexpr = F.BLOCK_N
+    DV_PARTS: tl.constexpr = F.DV_PARTS
+    D_PARTS: tl.constexpr = F.D_PARTS
+    DV: tl.constexpr = F.DV
+    D: tl.constexpr = F.D
+    pid = tl.program_id(0)
+    tile = tiles - 1 - pid % tiles  # the longest causal rows first
+    bh = pid // tiles
+    batch = bh // HQ
+    head = bh % HQ
+    head_k = head // GROUP
+    b64 = batch.to(tl.int64)
+    h64 = head.to(tl.int64)
+    hk64 = head_k.to(tl.int64)
+    o_stride = HQ.to(tl.int64) * DV  # out is [B, S, H, D] in memory
+    if F.VARLEN:
+        q_start, sq = sequence_bounds(cu_q_ptr, batch, SQ, max_q)
+        k_start, sk = sequence_bounds(cu_k_ptr, batch, SK, SK)
+        if tile * BLOCK_M >= sq:
+            return
+        q_base = q_ptr + q_start.to(tl.int64) * stride_qm
+        k_base = k_ptr + k_start.to(tl.int64) * stride_kn
+        v_base = v_ptr + k_start.to(tl.int64) * stride_vn
+        o_base = o_ptr + q_start.to(tl.int64) * o_stride
+        lse_base = lse_ptr + h64 * SQ + q_start
+        ranges_base = ranges_ptr + q_start.to(tl.int64) * stride_rm
+        weight_base = weight_ptr + k_start
+    else:
+        sq = SQ
+        sk = SK
+        q_base = q_ptr + b64 * stride_qb
+        k_base = k_ptr + b64 * stride_kb
+        v_base = v_ptr + b64 * stride_vb
+        o_base = o_ptr + b64 * SQ * o_stride
+        lse_base = lse_ptr + (b64 * HQ + head) * SQ
+        ranges_base = ranges_ptr + b64 * stride_rb
+        weight_base = weight_ptr + b64 * stride_wb
+    q_base += h64 * stride_qh
+    k_base += hk64 * stride_kh
+    v_base += hk64 * stride_vh
+    o_base += h64 * DV
+    ranges_base += h64 * stride_rh
+    weight_base += hk64 * stride_wh
+    mask_base = mask_ptr + b64 * stride_mb + h64 * stride_mh
+    bias_base = bias_ptr + b64 * stride_bb + h64 * stride_bh
+
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < sq
+    lo, hi = row_ranges(ranges_base, stride_rm, row, sq, sk, window_left, window_right, F)
+    first, last, full_lo, full_hi = range_hull(lo, hi, valid)
+    ALL_MASKED: tl.constexpr = F.HAS_MASK
+    plan = plan_tiles(first, last, full_lo, full_hi, BLOCK_N, ALL_MASKED)
+
+    slope = 0.0
+    if F.HAS_ALIBI:
+        slope = tl.load(slopes_ptr + b64 * stride_ab + head).to(tl.float32)
+    dropout = (0, 0, 0, 0, 0, 0)
+    if F.HAS_DROPOUT:
+        dropout = (tl.load(seed_ptr), head + off_h, batch + off_b, off_m, off_n, threshold)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    if F.HAS_SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        m = tl.zeros([BLOCK_M], tl.float32) + sink
+        l = tl.where(m == float("-inf"), 0.0, 1.0)
+    acc = zero_parts(BLOCK_M, DV_PARTS)
+    q = load_parts(q_base, row, valid, stride_qm, D, D_PARTS, True)
+    for stage in tl.static_range(2):  # full tiles, then masked ones
+        acc, m, l = _forward_tiles(
+            acc, m, l, q, row, lo, hi, k_base, v_base, k_desc, v_desc, stride_kn, stride_vn, batch, head_k, plan,
+            mask_base, stride_mm, stride_mn, scale, softcap, slope, bias_base, stride_bm, stride_bn, weight_base,
+            dropout, sq, sk, F, stage == 1,
+        )  # fmt: skip
+
+    # a row that met no key: l is 0, or it holds the sink alone, and acc is 0 either way
+    nothing = l == 0.0
+    l_safe = tl.where(nothing, 1.0, l)
+    lse = tl.where(nothing, float("-inf"), (m + tl.math.log2(l_safe)) * LN2)
+    tl.store(lse_base + row, lse, mask=valid)
+    store_parts(o_base, row, valid, o_stride, scale_parts(acc, keep_scale / l_safe, DV_PARTS), DV, DV_PARTS)

@@ -1,0 +1,53 @@
+"""Tile sizes for the kernels, as data: one table, looked up in plain Python, never tuned while a user trains."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from .tables import TABLE
+
+
+class Config(NamedTuple):
+    """How one kernel variant is cut and compiled."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False  # read tiles through the tensor memory accelerator where strides allow
+
+
+@functools.lru_cache(maxsize=None)
+def architecture(device: torch.device) -> str:
+    """The table's row for a device: "sm80" (also 86, 89), "sm90", "sm100" (and later), "gfx942", "interpreter"."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    if device.type != "cuda":
+        return "sm80"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 10:
+        return "sm100" if major == 10 else "sm86"
+    if major == 9:
+        return "sm90"
+    return "sm80" if (major, minor) == (8, 0) else "sm86"
+
+
+@functools.lru_cache(maxsize=None)
+def lookup(kind: str, arch: str, wide: bool, head_dim: int, features: str = "") -> Config:
+    """The configuration of kernel ``kind`` ("fwd", "dkdv", "fused", "dq", "dbias").
+
+    ``wide`` is float32 input; ``head_dim`` the larger of D and Dv; ``features`` "tma" or "" (the pointer form).
+    """
+    rows = TABLE[arch] if arch in TABLE else TABLE["sm80"]
+    table = rows["wide" if wide else "half"]
+    options = table.get(f"{kind}+{features}") if features else None
+    options = options or table[kind]
+    for limit, *values in options:
+        if head_dim <= limit:
+            return Config(*values, tma=features == "tma")
+    raise ValueError(f"head_dim: expected at most {options[-1][0]} for the portable kernels, got {head_dim}")

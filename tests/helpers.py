@@ -149,7 +149,7 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     seen, alibi, keep = dense_rules(case, spec, clean[0], clean[1])
     given = list(clean)
     if case.poison:
-        row, key = seen.any(-1), seen.reshape(b, case.Hkv, -1, sq, sk).any(3).any(2)
+        row, key = seen.any(-1), seen.unflatten(1, (case.Hkv, -1)).any(3).any(2)
         used = (row, key, key, row)
         given = [torch.where(u[..., None], x, float("nan")) for x, u in zip(clean, used, strict=True)]
     expand = (False, not case.poison, not case.poison, not case.poison)  # poison differs between heads
@@ -240,12 +240,12 @@ def dense_rules(case: Case, spec: Spec, q: Tensor, k: Tensor) -> tuple[Tensor, T
     if spec.key_log_weight is not None:
         weight, hkv = spec.key_log_weight, k.shape[1]
         weight = weight.reshape(-1, weight.shape[-2], 1, 1, tk).expand(b, hkv, 1, 1, tk)
-        seen = (seen.reshape(b, hkv, -1, tq, tk) & (weight != -INF)).reshape(seen.shape)
+        seen = (seen.unflatten(1, (hkv, -1)) & (weight != -INF)).flatten(1, 2)
     return seen, alibi, keep
 
 
-def naive_attention(inputs: Inputs, case: Case) -> dict[str, Tensor]:
-    """Outputs and gradients of the textbook formula with matmuls and gradients in the inputs' own dtype."""
+def naive_attention(inputs: Inputs, case: Case) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Outputs and gradients of the textbook formula, all in the inputs' own dtype; and ``_rounding`` of it."""
     leaves = {n: x.detach().clone().requires_grad_() for n, x in zip(("dq", "dk", "dv"), inputs.clean, strict=False)}
     leaves |= _auxiliary_leaves(inputs.spec)
     q, k, v = leaves["dq"], leaves["dk"], leaves["dv"]
@@ -278,9 +278,41 @@ def naive_attention(inputs: Inputs, case: Case) -> dict[str, Tensor]:
         p = torch.where(inputs.keep, p * (256 / (256 - round(256 * case.dropout_p))), 0)
     out, lse = p @ v.repeat_interleave(group, 1), lse.squeeze(-1)
     results = _with_gradients(out, lse, dataclasses.replace(inputs, dout=inputs.clean[3]), leaves)
+    rounding = _rounding(inputs, case, torch.exp(logits - lse[..., None]).detach(), out.detach(), lse.detach())
     if inputs.varlen is not None:
         results |= {n: results[n][0].transpose(0, 1) for n in ("out", "dq", "dk", "dv")} | {"lse": results["lse"][0]}
-    return results
+    return results, rounding
+
+
+def _rounding(inputs: Inputs, case: Case, p: Tensor, out: Tensor, lse: Tensor) -> dict[str, float]:
+    """The least error to expect of each gradient, for any back end that keeps ``out`` in its dtype.
+
+    dS = P * (rowsum(dout * v) - rowsum(dout * out)) is a difference of sums that may cancel to nothing (a row with one
+    key has no gradient at all), while rounding out moves the second sum by about eps * |dout * out|, and float32
+    arithmetic moves both. Carried through to the gradients as independent errors of the rows.
+    """
+    q, k, v, dout = (x.double() for x in inputs.clean)
+    if not p.numel():
+        return {}
+    eps, work = torch.finfo(case.dtype).eps, torch.finfo(lse.dtype).eps
+    terms = dout.norm(dim=-1) * v.norm(dim=-1).amax()
+    if inputs.dlse is not None:
+        terms = terms + inputs.dlse.reshape(lse.shape).abs()
+    row = (eps * (dout * out).norm(dim=-1) + work * terms)[..., None]  # [B, Hq, Sq, 1]
+    pair = p.nan_to_num(0.0) * row
+    scale = case.D**-0.5 if case.scale is None else case.scale
+    spec, keyed = inputs.spec, pair.square().unflatten(1, (case.Hkv, -1)).sum((2, 3)).sqrt()  # [B, Hkv, Sk]
+    found = {"dq": (row * k.abs().amax()).amax() * scale, "dk": keyed.amax() * q.abs().amax() * scale}
+    if spec.bias is not None:
+        moved = pair if spec.bias.shape[3] > 1 else pair.sum(-1, keepdim=True)
+        found["dbias"] = moved.square().sum_to_size(spec.bias.shape).sqrt().amax()
+    if (weight := spec.key_log_weight) is not None:
+        shape = (1,) * (3 - weight.dim()) + tuple(weight.shape)
+        found["dkey_log_weight"] = keyed.square().sum_to_size(shape).sqrt().amax()
+    if spec.sinks is not None:
+        share = torch.exp(spec.sinks.double()[:, None] - lse)
+        found["dsinks"] = (share * row[..., 0]).square().sum((0, 2)).sqrt().amax()
+    return {n: x.item() for n, x in found.items()}
 
 
 def exact_attention(inputs: Inputs, case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -298,8 +330,7 @@ def backend_attention(inputs: Inputs, case: Case, impl: str) -> dict[str, Tensor
     module = importlib.import_module(BACKENDS[impl])
     q, k, v, spec, varlen = inputs.q, inputs.k, inputs.v, inputs.spec, inputs.varlen
     reasons = module.unsupported(q, k, v, spec, varlen)
-    if reasons:
-        pytest.skip(f"{impl} cannot take {case}: {'; '.join(reasons)}")
+    assert not reasons, f"{impl} cannot take {case}: {'; '.join(reasons)}"
     needs = Needs(True, True, True, spec.bias is not None, spec.key_log_weight is not None, spec.sinks is not None)
     out, lse = module.forward(q, k, v, spec, varlen)
     gradients = module.backward(inputs.dout, inputs.dlse, q, k, v, out, lse, spec, needs, case.deterministic, varlen)
@@ -365,10 +396,13 @@ def _with_gradients(out: Tensor, lse: Tensor, inputs: Inputs, leaves: dict[str, 
     return {"out": out.detach(), "lse": lse.detach(), **dict(zip(leaves, zeros, strict=True))}
 
 
-def check_bound(name: str, actual: Tensor, exact: Tensor, native: Tensor, dtype: torch.dtype, label: str) -> None:
+def check_bound(
+    name: str, actual: Tensor, exact: Tensor, native: Tensor, dtype: torch.dtype, label: str, rounding: float = 0.0
+) -> None:
     """The one error bound: |actual - exact| <= 2 x max |native - exact| + TOLERANCE x max |exact|, everywhere.
 
     ``exact`` is the float64 reference, ``native`` the same formula in ``dtype``. Infinities must agree exactly.
+    ``rounding`` (see ``_rounding``) stands in for the native error where that is smaller by luck or by cancellation.
     """
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)} [{label}]"
     actual, exact, native = actual.detach().double(), exact.detach().double(), native.detach().double()
@@ -384,20 +418,21 @@ def check_bound(name: str, actual: Tensor, exact: Tensor, native: Tensor, dtype:
     error = torch.where(finite, (actual - exact).abs(), zero)
     native_error = torch.where(finite & native.isfinite(), (native - exact).abs(), zero).amax().item()
     largest = torch.where(finite, exact.abs(), zero).amax().item()
-    bound = 2 * native_error + TOLERANCE[dtype] * largest
+    bound = max(2 * native_error, rounding) + TOLERANCE[dtype] * largest
     worst = error.amax().item()
     assert worst <= bound, (
-        f"{name}: error {worst:.3e} > {bound:.3e} = 2 x {native_error:.3e} + {TOLERANCE[dtype]:.0e} x {largest:.3e}; "
+        f"{name}: error {worst:.3e} > {bound:.3e} = max(2 x {native_error:.3e}, {rounding:.3e}) "
+        f"+ {TOLERANCE[dtype]:.0e} x {largest:.3e}; "
         f"worst at {(error == worst).nonzero()[0].tolist()} of {tuple(exact.shape)} [{label}]"
     )
 
 
 def check_results(actual: dict[str, Tensor], inputs: Inputs, case: Case, label: object) -> None:
     """Every output and gradient of ``actual`` against the float64 reference, within the bound."""
-    exact, native = exact_attention(inputs, case), naive_attention(inputs, case)
+    exact, (native, rounding) = exact_attention(inputs, case), naive_attention(inputs, case)
     assert set(actual) == set(exact), f"{label}: expected {sorted(exact)}, got {sorted(actual)}"
     for name in exact:
-        check_bound(name, actual[name], exact[name], native[name], case.dtype, label)
+        check_bound(name, actual[name], exact[name], native[name], case.dtype, label, rounding.get(name, 0.0))
 
 
 def run_case(case: Case, impl: str, device: str = "cpu", public: bool = False) -> None:

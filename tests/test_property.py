@@ -1,0 +1,104 @@
+"""Every back end against the float64 reference, over calls that hypothesis draws.
+
+``HF_FLASH_MC_CASES`` sets the number of cases for each back end (default 150). The draws are deterministic; a failure
+prints the ``Case`` to run again with ``helpers.run_case``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from helpers import Case, run_case
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+CASES = int(os.environ.get("HF_FLASH_MC_CASES", "150"))
+SHARDS = 6  # tests that pytest-xdist can spread
+HAS_GPU = torch.cuda.is_available()
+SIZES = [1, 2, 15, 17, 33, 63, 64, 65, 111, 129, *([257, 300, 513] if HAS_GPU else [])]
+HEAD_DIMS = [16, 16, 16, 64, 64, 1, 2, 5, 8, 24, 37, 40, 72, 80, 96, 100, 128, 192, 256]  # mostly small
+RANGES = ["causal", "full", "padded", "packed", "random", "empty", "hostile"]
+
+
+def letters(of: str) -> st.SearchStrategy[str]:
+    """Which dimensions are not broadcast."""
+    return st.tuples(*(st.booleans() for _ in of)).map(
+        lambda keep: "".join(x for x, k in zip(of, keep, strict=True) if k)
+    )
+
+
+def maybe(strategy: st.SearchStrategy, share: int = 4) -> st.SearchStrategy:
+    """None, or one time in ``share`` a value."""
+    return st.integers(1, share).flatmap(lambda n: strategy if n == share else st.none())
+
+
+@st.composite
+def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> Case:
+    """Any call of the op contract, small."""
+    key_heads, packed = draw(st.sampled_from([1, 2, 3])), draw(st.integers(0, 4)) == 0
+    batch, heads, dims = ("", "h", "") if packed else ("b", "bh", "bhqk")
+    minus = st.sampled_from(["", "", "-"])
+    lengths = st.tuples(st.sampled_from([0, 1, 5, 33, 70]), st.sampled_from([0, 1, 7, 40, 66]))
+    bound = st.one_of(st.none(), st.sampled_from([0, 1, 5, 40]))
+    return Case(
+        dtype=draw(st.sampled_from(dtypes)),
+        B=draw(st.sampled_from([1, 2, 3])),
+        Hq=key_heads * draw(st.sampled_from([1, 2, 4])),
+        Hkv=key_heads,
+        Sq=draw(st.sampled_from(SIZES)),
+        Sk=draw(st.sampled_from(SIZES)),
+        D=draw(st.sampled_from(HEAD_DIMS)),
+        Dv=draw(maybe(st.sampled_from([1, 16, 40, 80, 128]))),
+        causal=draw(st.booleans()),
+        window=draw(maybe(st.tuples(bound, bound))),
+        key_ranges=draw(maybe(st.sampled_from(RANGES), 2)),
+        ranges_shape=draw(letters(batch + "h")),
+        mask=None if packed else draw(maybe(letters(dims))),
+        bias=None if packed else draw(maybe(st.tuples(letters(dims), minus).map("".join))),
+        key_log_weight=draw(maybe(st.tuples(letters(heads), minus).map("".join))),
+        alibi=draw(maybe(st.sampled_from(["h", "bh"]))),
+        softcap=draw(maybe(st.sampled_from([2.0, 10.0]))),
+        sinks=draw(st.integers(0, 3)) == 0,
+        scale=draw(maybe(st.sampled_from([0.05, 0.4]))),
+        dropout_p=draw(maybe(st.sampled_from([0.1, 0.5]))) or 0.0,
+        dropout_offsets=draw(st.sampled_from([(0, 0, 0, 0), (1, 2, 300, 37)])),
+        dlse=draw(st.booleans()),
+        strides=draw(st.sampled_from(["bhsd", "bshd", "sliced", "expanded", "lastdim"])),
+        aux_fp32=draw(st.booleans()),
+        poison=draw(st.booleans()),
+        varlen=tuple(draw(st.lists(lengths, max_size=4))) if packed else None,
+        deterministic=draw(st.booleans()),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+def backends() -> list[str]:
+    """What can run here: triton needs a GPU, or its interpreter."""
+    runs_triton = HAS_GPU or os.environ.get("TRITON_INTERPRET") == "1"
+    triton = runs_triton and all(
+        importlib.util.find_spec(x) for x in ("triton", "hf_flash_mc.ops.portable", "hf_flash_mc.ops.portable.launch")
+    )
+    return ["reference", "cpu", *(["triton"] if triton else [])]
+
+
+@pytest.mark.parametrize("shard", range(SHARDS))
+@pytest.mark.parametrize("impl", backends())
+def test_agrees_with_float64(impl: str, shard: int) -> None:
+    """Outputs, lse and all gradients, through the back end's functions and through autograd."""
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    device = "cuda" if impl == "triton" and HAS_GPU else "cpu"
+    dtypes = dtypes if impl == "triton" else (*dtypes, torch.float64)
+    has_api = importlib.util.find_spec("hf_flash_mc.ops.api") is not None
+
+    @seed(shard)
+    @settings(
+        max_examples=max(1, CASES // SHARDS), deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(case=cases(dtypes), public=st.booleans())
+    def check(case: Case, public: bool) -> None:
+        run_case(case, impl, device, public=public and has_api)
+
+    check()

@@ -239,7 +239,7 @@ def dense_rules(case: Case, spec: Spec, q: Tensor, k: Tensor) -> tuple[Tensor, T
             keep[:, :, rows, keys] = dropout_keep(spec.dropout_seed, case.dropout_p, batch, head, row + om, col + on)
     if spec.key_log_weight is not None:
         weight, hkv = spec.key_log_weight, k.shape[1]
-        weight = weight.reshape(-1, weight.shape[-2], 1, 1, tk).expand(b, hkv, 1, 1, tk)
+        weight = (weight if weight.dim() == 3 else weight[None])[:, :, None, None].expand(b, hkv, 1, 1, tk)
         seen = (seen.unflatten(1, (hkv, -1)) & (weight != -INF)).flatten(1, 2)
     return seen, alibi, keep
 
@@ -261,7 +261,7 @@ def naive_attention(inputs: Inputs, case: Case) -> tuple[dict[str, Tensor], dict
         seen = seen & (bias != -INF)
         logits = logits + bias.masked_fill(bias == -INF, 0).to(dtype)
     if (weight := leaves.get("dkey_log_weight")) is not None:
-        weight = weight.reshape(-1, *weight.shape[-2:]).expand(-1, k.shape[1], -1)
+        weight = (weight if weight.dim() == 3 else weight[None]).expand(-1, k.shape[1], -1)
         weight = weight.repeat_interleave(group, 1)[:, :, None]
         logits = logits + weight.masked_fill(weight == -INF, 0).to(dtype)
     logits = logits.masked_fill(~seen, -INF).to(torch.promote_types(dtype, torch.float32))

@@ -95,7 +95,11 @@ def test_agrees_with_float64(impl: str, shard: int) -> None:
 
     @seed(shard)
     @settings(
-        max_examples=max(1, CASES // SHARDS), deadline=None, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=max(1, CASES // SHARDS),
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate,),  # shrinking in the interpreter takes minutes, and a Case is readable as it is
     )
     @given(case=cases(dtypes), public=st.booleans())
     def check(case: Case, public: bool) -> None:

@@ -140,86 +140,137 @@ def _queries_of_keys(n0, sq, sk, window_left, window_right, F: tl.constexpr):
     return first, tl.maximum(last, first), full_lo, full_hi
 
 
-@triton.jit
-def _queries_by_bounds(bounds_ptr, n0, tiles, sk, F: tl.constexpr):
-    """The same from the tile bounds of key_ranges, in rows that are multiples of BLOCK_M.
+@triton.jit(do_not_specialize=["SK", "max_k", "bound_tiles"])
+def attn_bwd_key_plans(bounds_ptr, plans_ptr, cu_k_ptr, SK, max_k, bound_tiles, F: tl.constexpr):
+    """For every key tile the rows that see some of its keys, and those that see all: (first, last, full_lo, full_hi).
 
-    The full run is the first unbroken one; other full tiles go through the masked code, which is as right.
+    Rows are multiples of BLOCK_M. The full run is the first unbroken one: other full tiles go through the masked
+    code, which is as right. Grid: (key tiles, planes, sequences). A kernel of its own, since inside the dK/dV kernel
+    these reductions cost 26 spills.
     """
     BLOCK_M: tl.constexpr = F.BLOCK_M
     BLOCK_N: tl.constexpr = F.BLOCK_N
     CHUNK: tl.constexpr = 128
-    first = INT_MAX + n0 * 0
-    last = n0 * 0
-    full_first = INT_MAX + n0 * 0
-    full_stop = INT_MAX + n0 * 0
-    for start in tl.range(0, tiles, CHUNK):
+    n0 = tl.program_id(0) * BLOCK_N
+    plane = tl.program_id(1).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
+    bounds_ptr += plane * bound_tiles * 4
+    first = tl.full([CHUNK], INT_MAX, tl.int32)
+    last = tl.zeros([CHUNK], tl.int32)
+    full_first = first
+    for start in tl.range(0, bound_tiles, CHUNK):
         tile = start + tl.arange(0, CHUNK)
-        inside = tile < tiles
-        at = bounds_ptr + tile.to(tl.int64) * 4
-        low = tl.load(at, mask=inside, other=0)
-        high = tl.load(at + 1, mask=inside, other=0)
-        some = inside & (low < high) & (low < n0 + BLOCK_N) & (high > n0)
-        first = tl.minimum(first, tl.min(tl.where(some, tile, INT_MAX)))
-        last = tl.maximum(last, tl.max(tl.where(some, tile + 1, 0)))
-        full = some & (tl.load(at + 2, mask=inside, other=0) <= n0)
-        full = full & (tl.load(at + 3, mask=inside, other=0) >= n0 + BLOCK_N)
-        full_first = tl.minimum(full_first, tl.min(tl.where(full, tile, INT_MAX)))
-        full_stop = tl.minimum(full_stop, tl.min(tl.where((tile > full_first) & (full == 0), tile, INT_MAX)))
-    full_first = tl.minimum(full_first, last)
-    full_stop = tl.minimum(full_stop, last)
-    first = tl.minimum(first, last)
-    return first * BLOCK_M, last * BLOCK_M, full_first * BLOCK_M, full_stop * BLOCK_M
+        some, full = _tile_meets_keys(bounds_ptr, tile, bound_tiles, n0, BLOCK_N)
+        first = tl.minimum(first, tl.where(some, tile, INT_MAX))
+        last = tl.maximum(last, tl.where(some, tile + 1, 0))
+        full_first = tl.minimum(full_first, tl.where(full, tile, INT_MAX))
+    stop = tl.max(last)
+    begin = tl.minimum(tl.min(first), stop)
+    full_begin = tl.minimum(tl.min(full_first), stop)
+    broken = tl.full([CHUNK], INT_MAX, tl.int32)
+    for start in tl.range(0, bound_tiles, CHUNK):
+        tile = start + tl.arange(0, CHUNK)
+        _, full = _tile_meets_keys(bounds_ptr, tile, bound_tiles, n0, BLOCK_N)
+        broken = tl.minimum(broken, tl.where((tile > full_begin) & (full == 0), tile, INT_MAX))
+    out = plans_ptr + (plane * tl.num_programs(0) + tl.program_id(0)) * 4
+    tl.store(out, begin * BLOCK_M)
+    tl.store(out + 1, stop * BLOCK_M)
+    tl.store(out + 2, full_begin * BLOCK_M)
+    tl.store(out + 3, tl.minimum(tl.min(broken), stop) * BLOCK_M)
 
 
 @triton.jit
-def _key_tiles(dk, dv, dw, k, v, n0, col, q_ptr, do_ptr, q_desc, do_desc, lse2_ptr, delta_ptr, dq_ptr,
-               stride_qm, stride_dm, dq_stride, ranges_ptr, stride_rm, batch, head, plan, mask_ptr, stride_mm,
-               stride_mn, scale, softcap, slope, bias_ptr, stride_bm, stride_bn, weight_ptr, dropout, keep_scale,
-               window_left, window_right, sq, sk, F: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """One head's masked or full query tiles, for the keys of this program; tiles are [BLOCK_N, BLOCK_M]."""
+def _tile_meets_keys(bounds_ptr, tile, tiles, n0, BLOCK_N: tl.constexpr):
+    """Which query tiles see some key of [n0, n0 + BLOCK_N), and which see all of them."""
+    inside = tile < tiles
+    at = bounds_ptr + tile.to(tl.int64) * 4
+    low = tl.load(at, mask=inside, other=0)
+    high = tl.load(at + 1, mask=inside, other=0)
+    some = inside & (low < high) & (low < n0 + BLOCK_N) & (high > n0)
+    full = some & (tl.load(at + 2, mask=inside, other=0) <= n0) & (tl.load(at + 3, mask=inside, other=0) >= n0 + BLOCK_N)
+    return some, full
+
+
+@triton.jit
+def _plan_queries(plans_ptr, b64, head, stride_tb, stride_th, n0, sq, sk, window_left, window_right, F: tl.constexpr):
+    """Which query tiles the keys from n0 meet, with and without mask code."""
+    BLOCK_M: tl.constexpr = F.BLOCK_M
+    BLOCK_N: tl.constexpr = F.BLOCK_N
+    ALL_MASKED: tl.constexpr = F.HAS_MASK
+    if F.HAS_RANGES:
+        at = plans_ptr + (b64 * stride_tb + head.to(tl.int64) * stride_th + n0 // BLOCK_N) * 4
+        first = tl.load(at)
+        last = tl.load(at + 1)
+        full_lo = tl.load(at + 2)
+        full_hi = tl.load(at + 3)
+    else:
+        first, last, full_lo, full_hi = _queries_of_keys(n0, sq, sk, window_left, window_right, F)
+    return plan_tiles(first, last, full_lo, full_hi, BLOCK_M, ALL_MASKED)
+
+
+@triton.jit
+def _key_tiles(dk, dv, dw, k, v, col, pointers, q_desc, do_desc, strides, batch, head0, heads, plan, seed_ptr, numbers,
+               sq, sk, F: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """The masked or the full query tiles of ``heads`` query heads, for one tile of keys; tiles are [BLOCK_N, BLOCK_M].
+
+    One loop over heads and tiles together: with a loop in a loop the accumulators spill (128 stores against 1 at
+    head dim 128).
+    """
     BLOCK_M: tl.constexpr = F.BLOCK_M
     DV_PARTS: tl.constexpr = F.DV_PARTS
     D_PARTS: tl.constexpr = F.D_PARTS
     DV: tl.constexpr = F.DV
     D: tl.constexpr = F.D
     PRECISION: tl.constexpr = F.PRECISION
-    start, full_start, full_tiles, left, masked_tiles = plan
     SANITIZE: tl.constexpr = (MASKED and F.SANITIZE) or F.HAS_WEIGHT
     TMA: tl.constexpr = F.TMA and not SANITIZE
     CHECK: tl.constexpr = MASKED or F.HAS_WEIGHT
+    q_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_ptr, slopes_ptr = pointers
+    (stride_qh, stride_qm, stride_dh, stride_dm, stride_row, dq_stride, stride_rh, stride_rm, stride_mh, stride_mm,
+     stride_mn, stride_bh, stride_bm, stride_bn) = strides  # fmt: skip
+    scale, softcap, keep_scale, window_left, window_right, threshold, off_b, off_h, off_m, off_n = numbers
+    start, full_start, full_tiles, left, masked_tiles = plan
     key_ok = col[:, None] < sk
     if F.HAS_WEIGHT:
         key_ok = key_in_use(weight_ptr, col, sk, F)[:, None]
     count = masked_tiles if MASKED else full_tiles
-    for i in tl.range(0, count):
+    for i in tl.range(0, count * heads):
+        head = head0 + i // count
+        h64 = head.to(tl.int64)
+        tile = i % count
         if MASKED:
-            m0 = masked_start(i, start, full_start, full_tiles, left, BLOCK_M)
+            m0 = masked_start(tile, start, full_start, full_tiles, left, BLOCK_M)
         else:
-            m0 = full_start + i * BLOCK_M
+            m0 = full_start + tile * BLOCK_M
         row = m0 + tl.arange(0, BLOCK_M)
         valid = row < sq
-        lse2 = tl.load(lse2_ptr + row, mask=valid, other=float("inf"))
+        lse2 = tl.load(lse2_ptr + h64 * stride_row + row, mask=valid, other=float("inf"))
         use = valid
         if SANITIZE:  # a row that sees no key at all may hold NaN in q and dout
             use = lse2 < float("inf")
-        q = load_tile(q_ptr, q_desc, batch, head, m0, use, stride_qm, BLOCK_M, D, D_PARTS, True, TMA)
+        q = load_tile(q_ptr + h64 * stride_qh, q_desc, batch, head, m0, use, stride_qm, BLOCK_M, D, D_PARTS, True, TMA)
         qk = dot_parts(k, q, D_PARTS, PRECISION)
         ok = key_ok
         if MASKED:
-            lo, hi = row_ranges(ranges_ptr, stride_rm, row, sq, sk, window_left, window_right, F)
-            ok = key_ok & visible(lo[None, :], hi[None, :], col[:, None], row[None, :], mask_ptr, stride_mm, stride_mn, sq, sk, F)
+            lo, hi = row_ranges(ranges_ptr + h64 * stride_rh, stride_rm, row, sq, sk, window_left, window_right, F)
+            mask = mask_ptr + h64 * stride_mh
+            ok = key_ok & visible(lo[None, :], hi[None, :], col[:, None], row[None, :], mask, stride_mm, stride_mn, sq, sk, F)
+        slope = 0.0
+        if F.HAS_ALIBI:
+            slope = tl.load(slopes_ptr + head).to(tl.float32)
+        dropout = (0, 0, 0, 0, 0, 0)
+        if F.HAS_DROPOUT:
+            dropout = (tl.load(seed_ptr), head + off_h, batch + off_b, off_m, off_n, threshold)
         p, cap_slope, keep = backward_weights(
-            qk, lse2[None, :], row[None, :], col[:, None], ok, scale, softcap, slope, bias_ptr, stride_bm, stride_bn,
-            weight_ptr, dropout, sq, sk, F, CHECK,
+            qk, lse2[None, :], row[None, :], col[:, None], ok, scale, softcap, slope, bias_ptr + h64 * stride_bh,
+            stride_bm, stride_bn, weight_ptr, dropout, sq, sk, F, CHECK,
         )  # fmt: skip
         weights = p
         if F.HAS_DROPOUT:
             weights = tl.where(keep, p, 0.0)
-        dout = load_tile(do_ptr, do_desc, batch, head, m0, use, stride_dm, BLOCK_M, DV, DV_PARTS, True, TMA)
+        dout = load_tile(do_ptr + h64 * stride_dh, do_desc, batch, head, m0, use, stride_dm, BLOCK_M, DV, DV_PARTS, True, TMA)
         dv = accumulate_parts(weights, dout, dv, DV_PARTS, PRECISION)
         dp = dot_parts(v, dout, DV_PARTS, PRECISION)
-        delta = tl.load(delta_ptr + row, mask=use, other=0.0)
+        delta = tl.load(delta_ptr + h64 * stride_row + row, mask=use, other=0.0)
         dlogits = backward_logits(p, dp, delta[None, :], ok, keep, keep_scale, F, CHECK)
         ds = dlogits * cap_slope
         dk = accumulate_parts(ds, q, dk, D_PARTS, PRECISION)
@@ -230,12 +281,12 @@ def _key_tiles(dk, dv, dw, k, v, n0, col, q_ptr, do_ptr, q_desc, do_desc, lse2_p
             if MASKED and F.SANITIZE:  # 0 * NaN is NaN: drop keys that no row of the tile sees
                 seen = keep_rows(k, tl.max(ok.to(tl.int32), 1) != 0, D_PARTS)
             dq = accumulate_parts(tl.trans(ds.to(k[0].dtype)), seen, zero_parts(BLOCK_M, D_PARTS), D_PARTS, PRECISION)
-            atomic_add_parts(dq_ptr, row, valid, dq_stride, dq, D, D_PARTS)
+            atomic_add_parts(dq_ptr + h64 * D, row, valid, dq_stride, dq, D, D_PARTS)
     return dk, dv, dw
 
 
 _RUNTIME_INTS = [
-    "HQ", "GROUP", "SQ", "SK", "max_q", "max_k", "tiles", "bound_tiles", "window_left", "window_right", "threshold",
+    "HQ", "GROUP", "SQ", "SK", "max_q", "max_k", "tiles", "window_left", "window_right", "threshold",
     "off_b", "off_h", "off_m", "off_n", "stride_rb", "stride_rh", "stride_rm", "stride_tb", "stride_th", "stride_wb",
     "stride_wh", "stride_ab",
 ]  # fmt: skip
@@ -243,13 +294,13 @@ _RUNTIME_INTS = [
 
 @triton.jit(do_not_specialize=_RUNTIME_INTS)
 def attn_bwd_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, dw_ptr, q_desc,
-                         do_desc, bounds_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_ptr, slopes_ptr, seed_ptr,
+                         do_desc, plans_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_ptr, slopes_ptr, seed_ptr,
                          cu_q_ptr, cu_k_ptr,
                          stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
                          stride_vn, stride_db, stride_dh, stride_dm, stride_rb, stride_rh, stride_rm, stride_tb,
                          stride_th, stride_mb, stride_mh, stride_mm, stride_mn, stride_bb, stride_bh, stride_bm,
                          stride_bn, stride_wb, stride_wh, stride_ab,
-                         scale, softcap, keep_scale, HQ, GROUP, SQ, SK, max_q, max_k, tiles, bound_tiles, window_left,
+                         scale, softcap, keep_scale, HQ, GROUP, SQ, SK, max_q, max_k, tiles, window_left,
                          window_right, threshold, off_b, off_h, off_m, off_n, F: tl.constexpr):  # fmt: skip
     """dK and dV (and key_log_weight's gradient) of BLOCK_N keys of one KV head, summed over its query heads.
 
@@ -294,39 +345,37 @@ def attn_bwd_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dq_pt
     k_use = key_in_use(weight_base, col, sk, F)
     k = load_parts(k_base, col, k_use, stride_kn, D, D_PARTS, True)
     v = load_parts(v_base, col, k_ok, stride_vn, DV, DV_PARTS, True)
-    ALL_MASKED: tl.constexpr = F.HAS_MASK
     dk = zero_parts(BLOCK_N, D_PARTS)
     dv = zero_parts(BLOCK_N, DV_PARTS)
     dw = tl.zeros([BLOCK_N], tl.float32)
-    for g in tl.range(0, GROUP):
-        head = head_k * GROUP + g
-        h64 = head.to(tl.int64)
-        if F.HAS_RANGES:
-            bounds = bounds_ptr + (b64 * stride_tb + h64 * stride_th) * 4
-            first, last, full_lo, full_hi = _queries_by_bounds(bounds, n0, bound_tiles, sk, F)
-        else:
-            first, last, full_lo, full_hi = _queries_of_keys(n0, sq, sk, window_left, window_right, F)
-        plan = plan_tiles(first, last, full_lo, full_hi, BLOCK_M, ALL_MASKED)
-        q_base = q_ptr + h64 * stride_qh + (q_first * stride_qm if F.VARLEN else b64 * stride_qb)
-        do_base = do_ptr + h64 * stride_dh + (q_first * stride_dm if F.VARLEN else b64 * stride_db)
-        dq_base = dq_ptr + q_first * dq_stride + h64 * D
-        flat = (h64 * SQ + q_first) if F.VARLEN else (b64 * HQ + head) * SQ
-        ranges_base = ranges_ptr + h64 * stride_rh + (q_first * stride_rm if F.VARLEN else b64 * stride_rb)
-        mask_base = mask_ptr + b64 * stride_mb + h64 * stride_mh
-        bias_base = bias_ptr + b64 * stride_bb + h64 * stride_bh
-        slope = 0.0
-        if F.HAS_ALIBI:
-            slope = tl.load(slopes_ptr + b64 * stride_ab + head).to(tl.float32)
-        dropout = (0, 0, 0, 0, 0, 0)
-        if F.HAS_DROPOUT:
-            dropout = (tl.load(seed_ptr), head + off_h, batch + off_b, off_m, off_n, threshold)
+    pointers = (
+        q_ptr + (q_first * stride_qm if F.VARLEN else b64 * stride_qb),
+        do_ptr + (q_first * stride_dm if F.VARLEN else b64 * stride_db),
+        lse2_ptr + (q_first if F.VARLEN else b64 * HQ * SQ),
+        delta_ptr + (q_first if F.VARLEN else b64 * HQ * SQ),
+        dq_ptr + q_first * dq_stride,
+        ranges_ptr + (q_first * stride_rm if F.VARLEN else b64 * stride_rb),
+        mask_ptr + b64 * stride_mb,
+        bias_ptr + b64 * stride_bb,
+        weight_base,
+        slopes_ptr + b64 * stride_ab,
+    )
+    stride_row = SQ.to(tl.int64)
+    strides = (stride_qh, stride_qm, stride_dh, stride_dm, stride_row, dq_stride, stride_rh, stride_rm, stride_mh,
+               stride_mm, stride_mn, stride_bh, stride_bm, stride_bn)  # fmt: skip
+    numbers = (scale, softcap, keep_scale, window_left, window_right, threshold, off_b, off_h, off_m, off_n)
+    head0 = head_k * GROUP
+    if F.HEAD_LOOP:  # every head has ranges of its own, so tiles of its own
+        for g in tl.range(0, GROUP):
+            plan = _plan_queries(plans_ptr, b64, head0 + g, stride_tb, stride_th, n0, sq, sk, window_left, window_right, F)
+            for stage in tl.static_range(2):
+                dk, dv, dw = _key_tiles(dk, dv, dw, k, v, col, pointers, q_desc, do_desc, strides, batch, head0 + g, 1,
+                                        plan, seed_ptr, numbers, sq, sk, F, stage == 1)  # fmt: skip
+    else:
+        plan = _plan_queries(plans_ptr, b64, head0, stride_tb, stride_th, n0, sq, sk, window_left, window_right, F)
         for stage in tl.static_range(2):
-            dk, dv, dw = _key_tiles(
-                dk, dv, dw, k, v, n0, col, q_base, do_base, q_desc, do_desc, lse2_ptr + flat, delta_ptr + flat, dq_base,
-                stride_qm, stride_dm, dq_stride, ranges_base, stride_rm, batch, head, plan, mask_base, stride_mm,
-                stride_mn, scale, softcap, slope, bias_base, stride_bm, stride_bn, weight_base, dropout, keep_scale,
-                window_left, window_right, sq, sk, F, stage == 1,
-            )  # fmt: skip
+            dk, dv, dw = _key_tiles(dk, dv, dw, k, v, col, pointers, q_desc, do_desc, strides, batch, head0, GROUP,
+                                    plan, seed_ptr, numbers, sq, sk, F, stage == 1)  # fmt: skip
     factor = tl.zeros([BLOCK_N], tl.float32)
     store_parts(dk_ptr + k_first * dk_stride + hk64 * D, col, k_ok, dk_stride, scale_parts(dk, factor + scale, D_PARTS), D, D_PARTS)
     store_parts(dv_ptr + k_first * dv_stride + hk64 * DV, col, k_ok, dv_stride, scale_parts(dv, factor + keep_scale, DV_PARTS), DV, DV_PARTS)

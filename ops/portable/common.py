@@ -46,17 +46,10 @@ class Features(NamedTuple):
     TMA: bool = False
     ATOMIC_DQ: bool = False
     WEIGHT_GRAD: bool = False
+    HEAD_LOOP: bool = False  # key_ranges differ between the query heads of one KV head
     PRECISION: str = "ieee"  # of float32 dots
-
-    @property
-    def PLAIN(self) -> bool:  # noqa: N802
-        """Logits are nothing but scale * q.k, so the scale folds into the exponent."""
-        return not (self.HAS_SOFTCAP or self.HAS_ALIBI or self.HAS_BIAS or self.HAS_WEIGHT)
-
-    @property
-    def MAY_EMPTY(self) -> bool:  # noqa: N802
-        """A row can meet a tile of nothing but -inf although visibility alone calls the tile full."""
-        return self.HAS_BIAS or self.HAS_WEIGHT
+    PLAIN: bool = True  # logits are nothing but scale * q.k, so the scale folds into the exponent
+    MAY_EMPTY: bool = False  # bias or weights of -inf can empty a row of a tile that visibility calls full
 
 
 def split_head_dim(d: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..spec import Gradients, Needs, Spec, Varlen, dropout_threshold, new_bshd, new_lse
 from ..tuning import Config, architecture, lookup
-from .backward import attn_bwd_dkdv_kernel, attn_bwd_dq_kernel, attn_bwd_finish, attn_bwd_prepare, attn_bwd_tile_bounds
+from .backward import attn_bwd_dkdv_kernel, attn_bwd_dq_kernel, attn_bwd_finish, attn_bwd_key_plans, attn_bwd_prepare, attn_bwd_tile_bounds
 from .bias_grad import attn_bwd_dbias_kernel
 from .common import Features, split_head_dim
 from .forward import attn_fwd_kernel
@@ -21,6 +21,7 @@ MAX_HEAD_DIM = 256
 PREPARE_ROWS = 64
 TMA_MIN_KEYS = 512  # below, building two descriptors costs more host time than they save
 _LARGE = 1 << 30
+FLAGS = Features._fields[Features._fields.index("CAUSAL") : Features._fields.index("TMA")]
 _compiled: dict = {}  # key -> CompiledKernel: skips Triton's argument binder, 10 to 20 us of host time a launch
 
 
@@ -183,17 +184,20 @@ def _precision() -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _variant(kind: str, arch: str, dtype: torch.dtype, d: int, dv: int, flags: tuple, tma: bool, weight_grad: bool, precision: str):
+def _variant(kind: str, arch: str, dtype: torch.dtype, d: int, dv: int, flags: tuple, tma: bool, weight_grad: bool, head_loop: bool, precision: str):
     wide = dtype == torch.float32
     config = lookup(kind, arch, wide, max(d, dv), "tma" if tma else "")
-    return features(config, d, dv, flags, atomic=kind == "fused", weight_grad=weight_grad, precision=precision if wide else "ieee"), config
+    return features(config, d, dv, flags, atomic=kind == "fused", weight_grad=weight_grad, head_loop=head_loop, precision=precision if wide else "ieee"), config
 
 
-def features(config: Config, d: int, dv: int, flags: tuple, *, atomic=False, weight_grad=False, precision="ieee") -> Features:
+def features(config: Config, d: int, dv: int, flags: tuple, *, atomic=False, weight_grad=False, head_loop=False, precision="ieee") -> Features:
     """The variant that a configuration and a call's flags describe."""
+    named = dict(zip(FLAGS, flags))
+    altered = named["HAS_BIAS"] or named["HAS_WEIGHT"]
     return Features(
         d, dv, split_head_dim(d), split_head_dim(dv), config.block_m, config.block_n, *flags,
-        TMA=config.tma, ATOMIC_DQ=atomic, WEIGHT_GRAD=weight_grad, PRECISION=precision,
+        TMA=config.tma, ATOMIC_DQ=atomic, WEIGHT_GRAD=weight_grad, HEAD_LOOP=head_loop, PRECISION=precision,
+        PLAIN=not (altered or named["HAS_ALIBI"] or named["HAS_SOFTCAP"]), MAY_EMPTY=altered,
     )  # fmt: skip
 
 
@@ -234,7 +238,7 @@ def _on_device(function):
 def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None = None, config: Config | None = None) -> tuple[Tensor, Tensor]:
     """out and lse. ``config`` overrides the tuning table."""
     c = _Call(q, k, v, spec, varlen)
-    f, table = _variant("fwd", c.arch, c.dtype, c.d, c.dv, c.flags, c.tma, False, _precision())
+    f, table = _variant("fwd", c.arch, c.dtype, c.d, c.dv, c.flags, c.tma, False, False, _precision())
     if config is not None:
         config = config._replace(tma=config.tma and c.tma)
         f, table = features(config, c.d, c.dv, c.flags, precision=f.PRECISION), config
@@ -291,7 +295,7 @@ def _fused_pays(c: _Call) -> bool:
 def _prepare(c: _Call, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor):
     """lse in base 2, delta, dsinks (float32; None without sinks)."""
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
-    f, _ = _variant("dq", c.arch, c.dtype, c.d, c.dv, c.flags, False, False, "ieee")
+    f, _ = _variant("dq", c.arch, c.dtype, c.d, c.dv, c.flags, False, False, False, "ieee")
     f = f._replace(BLOCK_M=PREPARE_ROWS, BLOCK_N=PREPARE_ROWS)
     tiles, grid = c.grid(PREPARE_ROWS, c.max_q, c.hq)
     dsink = None
@@ -331,10 +335,11 @@ def _gradient_key(c: _Call, dout: Tensor) -> tuple | None:
 
 def _pick(kind: str, c: _Call, dout: Tensor, configs: dict[str, Config], weight_grad: bool = False):
     tma = c.tma and dout.dim() == 4 and dout.data_ptr() & 15 == 0 and all(s & 7 == 0 and s for s in dout.stride()[:3])
-    f, config = _variant(kind, c.arch, c.dtype, c.d, c.dv, c.flags, tma, weight_grad, _precision())
+    head_loop = c.ranges is not None and c.ranges.shape[-3] > 1 and c.hq != c.hkv and kind != "dq"
+    f, config = _variant(kind, c.arch, c.dtype, c.d, c.dv, c.flags, tma, weight_grad, head_loop, _precision())
     if kind in configs:
         config = configs[kind]._replace(tma=configs[kind].tma and tma)
-        f = features(config, c.d, c.dv, c.flags, atomic=f.ATOMIC_DQ, weight_grad=weight_grad, precision=f.PRECISION)
+        f = features(config, c.d, c.dv, c.flags, atomic=f.ATOMIC_DQ, weight_grad=weight_grad, head_loop=head_loop, precision=f.PRECISION)
     return f, config
 
 
@@ -353,7 +358,7 @@ def _keys(c: _Call, dout: Tensor, lse2: Tensor, delta: Tensor, fused: bool, weig
     acc = None
     if fused:
         acc = torch.zeros(new_bshd(c.q).transpose(1, 2).shape if c.q.dim() == 4 else c.q.shape, dtype=torch.float32, device=c.q.device)
-    bounds, bound_tiles, tb, th = _tile_bounds(c, f)
+    plans, tb, th = _key_plans(c, f)
     q_desc = do_desc = None
     if f.TMA:
         q_desc, do_desc = _descriptor(c.q, f.BLOCK_M), _descriptor(dout, f.BLOCK_M)
@@ -362,8 +367,8 @@ def _keys(c: _Call, dout: Tensor, lse2: Tensor, delta: Tensor, fused: bool, weig
     absent = c.q
     args = [
         c.q, c.k, c.v, dout, lse2, delta, lse2 if acc is None else acc, dk, dv, lse2 if dw is None else dw, q_desc, do_desc,
-        absent if bounds is None else bounds, *c.optional(), absent if c.spec.dropout_seed is None else c.spec.dropout_seed,
-        *c.cu(), *strides, tb, th, *rest, c.max_q, c.max_k, tiles, bound_tiles, *c.numbers(),
+        absent if plans is None else plans, *c.optional(), absent if c.spec.dropout_seed is None else c.spec.dropout_seed,
+        *c.cu(), *strides, tb, th, *rest, c.max_q, c.max_k, tiles, *c.numbers(),
     ]  # fmt: skip
     _launch(attn_bwd_dkdv_kernel, grid, args, (f,), config, _gradient_key(c, dout))
     dq = None
@@ -373,23 +378,29 @@ def _keys(c: _Call, dout: Tensor, lse2: Tensor, delta: Tensor, fused: bool, weig
     return dq, dk, dv, dw
 
 
-def _tile_bounds(c: _Call, f: Features) -> tuple[Tensor | None, int, int, int]:
-    """Per query tile: which keys its rows see; only key_ranges needs it, other rules have closed forms."""
+def _key_plans(c: _Call, f: Features) -> tuple[Tensor | None, int, int]:
+    """Which query tiles each key tile meets; only key_ranges needs it, the other rules have closed forms.
+
+    Returns int32 [planes * key tiles, 4] and the strides of batch and head in it, in key tiles.
+    """
     if c.ranges is None:
-        return None, 0, 0, 0
-    tiles = -(-c.max_q // f.BLOCK_M)
+        return None, 0, 0
+    m_tiles, n_tiles = -(-c.max_q // f.BLOCK_M), -(-c.max_k // f.BLOCK_N)
     if c.varlen is not None:
         r = c.ranges if c.ranges.dim() == 3 else c.ranges[None]
-        planes, sequences, tb, th = r.shape[0], c.batch, tiles, c.batch * tiles if r.shape[0] > 1 else 0
+        planes, sequences, tb, th = r.shape[0], c.batch, n_tiles, c.batch * n_tiles if r.shape[0] > 1 else 0
     else:
         r = c.ranges.contiguous().flatten(0, 1)
         planes, sequences = r.shape[0], 1
-        tb = tiles * c.ranges.shape[1] if c.ranges.shape[0] > 1 else 0
-        th = tiles if c.ranges.shape[1] > 1 else 0
-    bounds = torch.empty(planes * sequences * tiles, 4, dtype=torch.int32, device=c.q.device)
-    args = [r, bounds, *c.cu(), r.stride(0), r.stride(1), c.sq, c.sk, c.max_q, tiles, *c.numbers()[:2]]
-    attn_bwd_tile_bounds[(tiles, planes, sequences)](*args, f)
-    return bounds, tiles, tb, th
+        tb = n_tiles * c.ranges.shape[1] if c.ranges.shape[0] > 1 else 0
+        th = n_tiles if c.ranges.shape[1] > 1 else 0
+    bounds = torch.empty(planes * sequences * m_tiles, 4, dtype=torch.int32, device=c.q.device)
+    plans = torch.empty(planes * sequences * n_tiles, 4, dtype=torch.int32, device=c.q.device)
+    cu_q, cu_k = c.cu()
+    args = [r, bounds, cu_q, cu_k, r.stride(0), r.stride(1), c.sq, c.sk, c.max_q, m_tiles, *c.numbers()[:2]]
+    attn_bwd_tile_bounds[(m_tiles, planes, sequences)](*args, f)
+    attn_bwd_key_plans[(n_tiles, planes, sequences)](bounds, plans, cu_k, c.sk, c.max_k, m_tiles, f)
+    return plans, tb, th
 
 
 def _queries(c: _Call, dout: Tensor, lse2: Tensor, delta: Tensor, configs: dict[str, Config]) -> Tensor:
@@ -413,7 +424,7 @@ def _queries(c: _Call, dout: Tensor, lse2: Tensor, delta: Tensor, configs: dict[
 
 def _bias(c: _Call, dout: Tensor, lse2: Tensor, delta: Tensor) -> Tensor:
     """dbias in float32, of bias's shape."""
-    f, config = _variant("dbias", c.arch, c.dtype, c.d, c.dv, c.flags, False, False, _precision())
+    f, config = _variant("dbias", c.arch, c.dtype, c.d, c.dv, c.flags, False, False, False, _precision())
     bias = c.spec.bias
     assert bias is not None
     bb, bh, bm, bn = bias.shape

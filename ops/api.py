@@ -92,12 +92,15 @@ def flash_attention(
         scale, causal, left, right, cap, dropout_p, dropout_offsets,
     )  # fmt: skip
     if not compiling and not (
-        key_ranges is mask is bias is key_log_weight is alibi_slopes is sinks is None
-        and not dropout_p
+        not dropout_p
         and left >= -1 <= right
         and 0 <= cap < _INF
         and (scale is None or 0 < scale < _INF)
         and _is_plain(q, k, v, kind, impl)
+        and (
+            key_ranges is mask is bias is key_log_weight is alibi_slopes is sinks is None
+            or checks.options_fit(q, k, Spec(*args[4:]))
+        )
     ):
         problems = checks.find_problems(q, k, v, impl, Spec(*args[4:]))
         if problems:

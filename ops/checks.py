@@ -25,6 +25,26 @@ LIMITS: dict[str, tuple[tuple[torch.dtype, ...], int | None]] = {
 IMPLS = ("auto", "hopper", "triton", "cpu", "reference")
 MAX_LENGTH = 2**31 - 1
 
+_OPTIONAL = Spec._fields[:6]
+_DTYPES = {"key_ranges": (torch.int32,), "mask": (torch.bool,)}  # of the others: fp32 or q's
+# what is said of the shape, and the shapes that do: batch, heads, g key heads, query rows, keys; upper case is exact
+_DENSE_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("[B or 1, Hq or 1, Sq, 2]", ("bhQ2",)),
+    ("a shape that broadcasts to [B, Hq, Sq, Sk]", ("bhqk",)),
+    ("a shape that broadcasts to [B, Hq, Sq, Sk]", ("bhqk",)),
+    ("[B or 1, Hkv or 1, Sk]", ("bgK",)),
+    ("[Hq] or [B, Hq]", ("H", "BH")),
+    ("[Hq]", ("H",)),
+)
+_PACKED_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("[Tq, 2] or [Hq, Tq, 2]", ("hQ2",)),
+    ("", ()),
+    ("", ()),
+    ("[Hkv or 1, Tk]", ("gK",)),
+    ("[Hq] or [N, Hq]", ("H", "BH")),
+    ("[Hq]", ("H",)),
+)
+
 
 def raise_problems(problems: list[Problem], name: str = "flash_attention") -> NoReturn:
     """One exception with every reason: of their common type, else a ValueError."""
@@ -59,6 +79,13 @@ def find_problems(
         if varlen is not None:
             _check_varlen(q, varlen, say)
     return problems
+
+
+def options_fit(q: Tensor, k: Tensor, spec: Spec) -> bool:
+    """Whether the optional tensors are right, where everything else is known to be."""
+    problems: list[Problem] = []
+    _check_options(q, k, spec, None, problems.append)
+    return not problems
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen | None, say: Callable[[Problem], None]) -> None:
@@ -142,39 +169,23 @@ def _check_numbers(spec: Spec, say: Callable[[Problem], None]) -> None:
 
 def _check_options(q: Tensor, k: Tensor, spec: Spec, varlen: Varlen | None, say: Callable[[Problem], None]) -> None:
     """The optional tensors: type, device, dtype and shape."""
-    heads, length = (1, 2) if varlen is None else (1, 0)
-    b, hq, hkv, sq, sk = q.shape[0], q.shape[heads], k.shape[heads], q.shape[length], k.shape[length]
-    floats = (torch.float32, q.dtype)
     if varlen is None:
-        full = ((1, b), (1, hq), (1, sq), (1, sk))
-        shapes: dict[str, tuple[str, Any]] = {
-            "key_ranges": ("[B or 1, Hq or 1, Sq, 2]", [((1, b), (1, hq), sq, 2)]),
-            "mask": ("a shape that broadcasts to [B, Hq, Sq, Sk]", [full]),
-            "bias": ("a shape that broadcasts to [B, Hq, Sq, Sk]", [full]),
-            "key_log_weight": ("[B or 1, Hkv or 1, Sk]", [((1, b), (1, hkv), sk)]),
-            "alibi_slopes": ("[Hq] or [B, Hq]", [(hq,), (b, hq)]),
-        }
+        (b, hq, sq, _), (_, hkv, sk, _), rules = q.shape, k.shape, _DENSE_RULES
     else:
-        n = varlen.cu_seqlens_q.shape[0] - 1 if varlen.cu_seqlens_q.dim() == 1 else 0
-        for name in ("mask", "bias"):
-            if getattr(spec, name) is not None:
-                way_out = "use key_ranges, or pad and use flash_attention"
-                say((NotImplementedError, f"{name}: packed sequences take none; {way_out}"))
-        spec = spec._replace(mask=None, bias=None)
-        shapes = {
-            "key_ranges": ("[Tq, 2] or [Hq, Tq, 2]", [((1, hq), sq, 2)]),
-            "key_log_weight": ("[Hkv or 1, Tk]", [((1, hkv), sk)]),
-            "alibi_slopes": ("[Hq] or [N, Hq]", [(hq,), (n, hq)]),
-        }
-    shapes["sinks"] = ("[Hq]", [(hq,)])
-    dtypes = {"key_ranges": (torch.int32,), "mask": (torch.bool,)}
-    for name, (layout, allowed) in shapes.items():
-        x = getattr(spec, name)
+        (sq, hq, _), (sk, hkv, _), rules = q.shape, k.shape, _PACKED_RULES
+        b = varlen.cu_seqlens_q.shape[0] - 1 if varlen.cu_seqlens_q.dim() == 1 else 0
+    sizes = {"b": b, "B": b, "h": hq, "H": hq, "g": hkv, "q": sq, "Q": sq, "k": sk, "K": sk, "2": 2}
+    for name, x, (layout, shapes) in zip(_OPTIONAL, spec[:6], rules, strict=True):
         if x is None:
             continue
-        if not _is_tensor(name, x, q, dtypes.get(name, floats), say):
-            continue
-        if not any(_fits(x, shape) for shape in allowed):
+        if not shapes:
+            way_out = "use key_ranges, or pad and use flash_attention"
+            say((NotImplementedError, f"{name}: packed sequences take none; {way_out}"))
+        elif (
+            _is_tensor(name, x, q, _DTYPES.get(name) or (torch.float32, q.dtype), say)
+            and not _fits(x, shapes[0], sizes)
+            and not _fits(x, shapes[-1], sizes)
+        ):
             say((ValueError, f"{name}: expected {layout}, got shape {_shape(x)} with q {_shape(q)}, k {_shape(k)}"))
     if isinstance(spec.alibi_slopes, Tensor) and spec.alibi_slopes.requires_grad:
         say(
@@ -233,12 +244,15 @@ def _is_tensor(name: str, x: Any, q: Tensor, dtypes: tuple[torch.dtype, ...], sa
     return True
 
 
-def _fits(x: Tensor, shape: tuple[Any, ...]) -> bool:
-    """Whether each dimension has its size, or one of its two sizes."""
-    # a pair is tried from its full size: with symbolic sizes that is known without a guard, 1 is not
-    return x.dim() == len(shape) and all(
-        (n == m[1] or n == m[0]) if isinstance(m, tuple) else n == m for n, m in zip(x.shape, shape, strict=True)
-    )
+def _fits(x: Tensor, shape: str, sizes: dict[str, int]) -> bool:
+    """Whether each dimension has its size; one that the shape writes in lower case may also be 1."""
+    if x.dim() != len(shape):
+        return False
+    for n, letter in zip(x.shape, shape, strict=True):
+        # the size first: between equal symbols that is known without a guard
+        if n != sizes[letter] and (n != 1 or letter.isupper()):
+            return False
+    return True
 
 
 def _shape(x: Tensor) -> str:

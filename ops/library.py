@@ -222,9 +222,12 @@ def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None, bwd: Any = Non
         bwd = VARLEN_BWD if ctx.packed else BWD
     deterministic = torch.are_deterministic_algorithms_enabled()
     packed = (*rest[_TENSORS:], *ctx.lengths)
-    found = bwd(
-        dout, dlse, q, k, v, out, lse, needs, deterministic, *packed, ctx.impl, *rest[:_TENSORS], *ctx.numbers
-    )  # fmt: skip
+    args = (dout, dlse, q, k, v, out, lse, needs, deterministic, *packed, ctx.impl, *rest[:_TENSORS], *ctx.numbers)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        found = bwd(*args)
+    else:  # nobody differentiates this: save the detour through autograd
+        with torch._C._AutoDispatchBelowAutograd():
+            found = bwd(*args)
     dq, dk, dv, dbias, dweight, dsinks = (x if n else None for x, n in zip(found, needs, strict=True))
     return (dq, dk, dv, *(None,) * (first - 3), None, None, dbias, dweight, None, dsinks, None, *(None,) * _NUMBERS)
 
@@ -233,6 +236,13 @@ def no_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
     raise NotImplementedError(
         "flash_attention: the second derivative of attention is not implemented; use hf_flash_mc.ops.reference, "
         "or torch's scaled_dot_product_attention under SDPBackend.MATH"
+    )
+
+
+def no_jvp(ctx: Any, *tangents: Any) -> Any:
+    raise NotImplementedError(
+        "flash_attention: the forward-mode derivative of attention is not implemented; use reverse mode (backward, "
+        "torch.func.grad), or torch's scaled_dot_product_attention under SDPBackend.MATH"
     )
 
 
@@ -258,6 +268,7 @@ class _Attention(torch.autograd.Function):
 
     # not once_differentiable: that looks at incoming gradients alone, and would drop terms without a word
     backward = staticmethod(gradients)
+    jvp = staticmethod(no_jvp)
 
 
 def attention(*args: Any) -> tuple[Tensor, Tensor]:
@@ -291,7 +302,7 @@ def _refuse_context_parallel(sdpa: Any) -> None:
     if getattr(sdpa, "__module__", "") == "torch.distributed.tensor.experimental._context_parallel._attention":
         raise NotImplementedError(
             "flash_attention: inside torch.distributed.tensor.experimental.context_parallel each rank would see only "
-            "its own part of the keys. Leave context_parallel() for this call, or use torch's scaled_dot_product_attention"
+            "its own part of the keys. Leave context_parallel() for this call, or use scaled_dot_product_attention"
         )
 
 

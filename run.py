@@ -74,23 +74,23 @@ def set_up() -> None:
     print(f"Setting up {VENV} ({'NVIDIA GPU found' if gpu else 'no NVIDIA GPU: CPU build of torch'}) ...", flush=True)
     if not gpu:
         install_cpu_torch()
-    pip("install", "--editable", f"{ROOT}[{EXTRAS}]", quiet=True)
+    pip("install", "--editable", f"{ROOT}[{EXTRAS}]")
     STAMP.write_text(json.dumps(wanted, indent=1))
 
 
 def make_venv() -> None:
-    """A virtual environment, without pip of its own where Python comes without ensurepip (Debian, Ubuntu)."""
+    """A virtual environment with pip, also where Python comes without ensurepip (Debian, Ubuntu)."""
     print(f"Making {VENV} ...", flush=True)
-    if subprocess.call([sys.executable, "-m", "venv", str(VENV)], stdout=subprocess.DEVNULL) != 0:
-        shutil.rmtree(VENV, ignore_errors=True)
-        subprocess.check_call([sys.executable, "-m", "venv", "--without-pip", str(VENV)])
+    if subprocess.call([sys.executable, "-m", "venv", str(VENV)], stdout=subprocess.DEVNULL) == 0:
+        return
+    shutil.rmtree(VENV, ignore_errors=True)
+    subprocess.check_call([sys.executable, "-m", "venv", "--without-pip", str(VENV)])
+    subprocess.check_call([sys.executable, "-m", "pip", "--python", str(PYTHON), "install", "--quiet", "pip"])
 
 
-def pip(*arguments: str, quiet: bool = False) -> None:
-    """Run pip on .venv: its own, or the one of the Python that runs this file."""
-    own = subprocess.call([str(PYTHON), "-c", "import pip"], stderr=subprocess.DEVNULL) == 0
-    base = [str(PYTHON), "-m", "pip"] if own else [sys.executable, "-m", "pip", "--python", str(PYTHON)]
-    command = [*base, *arguments[:1], "--disable-pip-version-check", *(["--quiet"] if quiet else []), *arguments[1:]]
+def pip(*arguments: str) -> None:
+    """Run .venv's pip quietly; its own message and exit code end the program if it fails."""
+    command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
     code = subprocess.call(command)
     if code != 0:
         raise SystemExit(f"run.py: this failed with exit code {code}:\n  {' '.join(command)}")
@@ -108,7 +108,7 @@ def install_cpu_torch() -> None:
     source = [CPU_TORCH, "--no-deps", "--extra-index-url", CPU_INDEX, "--timeout", "15", "--retries", "1"]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        pip("install", "--dry-run", "--report", str(report), *source, quiet=True)
+        pip("install", "--dry-run", "--report", str(report), *source)
         found = json.loads(report.read_text())["install"][0]
     requirements = found["metadata"].get("requires_dist", [])
     # Wheels for macOS and Windows name CUDA packages too, under a marker that only holds on Linux.
@@ -120,7 +120,7 @@ def install_cpu_torch() -> None:
             f"  {PYTHON} -m pip install PATH_TO_TORCH_CPU_WHEEL"
         )
     print(f"Installing torch {found['metadata']['version']} ...", flush=True)
-    pip("install", *source, quiet=True)
+    pip("install", *source)
 
 
 def has_nvidia_gpu() -> bool:

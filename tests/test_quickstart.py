@@ -1,0 +1,76 @@
+"""The main job runs end to end on a tiny random model, and its exit code tells whether the checks passed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SABOTAGE = """
+import runpy, sys
+import hf_flash_mc.patches.attention as attention
+real = attention.flash_attention
+attention.flash_attention = lambda *args, **options: real(*args, **options) * 1.01
+sys.argv = sys.argv[1:]
+sys.path.insert(0, "examples")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two Llama layers with grouped heads and a byte tokenizer, random weights."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.5,  # large enough that attention decides the logits
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "TRITON_INTERPRET": "0"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    )
+
+
+def test_every_check_passes_and_names_the_back_end(tiny_model: Path) -> None:
+    result = run("examples/quickstart.py", "--model", str(tiny_model), "--tokens", "301", "--new-tokens", "17")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "All checks passed." in result.stdout
+    for row in ("logits: error / largest", "mean NLL of 301 tokens", "17 greedy tokens", "torch.compile, fullgraph"):
+        assert row in result.stdout
+    assert "1 graph, 0 breaks" in result.stdout or "needs a C++ compiler" in result.stdout
+    assert "cpu" in result.stdout.split("peak memory it adds")[1], "the back end that ran must be named"
+
+
+def test_wrong_attention_fails_the_run(tiny_model: Path) -> None:
+    """A check that cannot fail protects nothing: attention outputs off by 1 % must give exit code 1."""
+    arguments = ("examples/quickstart.py", "--model", str(tiny_model), "--tokens", "65", "--new-tokens", "2")
+    result = run("-c", SABOTAGE, *arguments)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "FAILED: logits: error / largest" in result.stdout

@@ -9,18 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-try:
-    from hf_flash_mc.ops import flash_attention
-except ImportError:
-    from hf_flash_mc.ops.reference import reference_attention
+from hf_flash_mc.ops import flash_attention
 
-    def flash_attention(*args, **kw):
-        if kw.get("dropout_p"):
-            kw["dropout_seed"] = torch.randint(2**31, (1,))
-        return reference_attention(*args, **kw)[0]
-
-
-from .masks import document_bounds, key_range_mask, split_mask, to_dense
+from .masks import document_bounds, key_range_mask, split_mask
 
 KEY = "mc_attention"  # "flash", "sdpa", "flex" or "/" in the key would change how transformers treats it
 

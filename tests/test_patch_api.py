@@ -1,0 +1,269 @@
+"""patch_model and unpatch_model as promised: exact restore, idempotent, nothing global, refusals by name, reports."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+import transformers
+from patch_models import SMALL, build, causal_config, causal_model, padding, tokens, twin
+
+from hf_flash_mc.patches import attention, patch_model, patch_report, patched, unpatch_model
+
+
+def run(model, mask=None):
+    with torch.no_grad():
+        return model(tokens(), attention_mask=mask).logits
+
+
+def everything(model) -> dict:
+    """All that unpatching has to bring back: attributes of every module, and every config object with its content."""
+    return {
+        name: {
+            key: (id(value), dict(vars(value))) if isinstance(value, transformers.PreTrainedConfig) else id(value)
+            for key, value in vars(module).items()
+        }
+        for name, module in model.named_modules()
+    }
+
+
+def test_unpatching_restores_the_exact_former_state():
+    model, mask = causal_model("gemma3"), padding("left")
+    before, expected, keys = everything(model), run(model, mask), list(model.state_dict())
+    assert patch_model(model) is model
+    assert model.config._attn_implementation == "mc_attention"
+    assert list(model.state_dict()) == keys
+    run(model, mask)
+    assert unpatch_model(model) is model
+    assert everything(model) == before
+    assert torch.equal(run(model, mask), expected)
+    with pytest.raises(ValueError, match="not patched"):
+        unpatch_model(model)
+
+
+def test_settings_changed_while_patched_survive():
+    model = patch_model(causal_model("llama"))
+    model.config.use_cache = False
+    model.resize_token_embeddings(101)
+    unpatch_model(model)
+    assert model.config.use_cache is False
+    assert model.config.vocab_size == 101
+
+
+def test_patching_twice_is_a_no_op_and_other_options_are_refused():
+    model = patch_model(causal_model("llama"))
+    before = everything(model)
+    assert patch_model(model) is model
+    assert everything(model) == before
+    with pytest.raises(ValueError, match="already patched"):
+        patch_model(model, packing="position_ids")
+    with pytest.raises(ValueError, match="belongs to a patched model"):
+        patch_model(model.model.layers and model.model)
+
+
+def test_models_that_share_a_config_are_patched_alone():
+    config = causal_config("llama")
+    one, other = causal_model("llama", config), causal_model("llama", config)
+    assert one.config is other.config
+    patch_model(one)
+    assert (one.config._attn_implementation, other.config._attn_implementation) == ("mc_attention", "eager")
+    patch_model(other)
+    unpatch_model(one)
+    assert (one.config._attn_implementation, other.config._attn_implementation) == ("eager", "mc_attention")
+    unpatch_model(other)
+    assert one.config is other.config is config
+
+
+def test_nothing_global_changes_but_the_key():
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def registered():
+        return dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)
+
+    before = registered()
+    model = patch_model(causal_model("llama"))
+    for old, new in zip(before, registered(), strict=True):
+        assert {k: v for k, v in new.items() if k != attention.KEY} == {k: v for k, v in old.items() if k != attention.KEY}
+    unpatch_model(model)
+
+
+def test_context_manager_unpatches_after_an_error():
+    model = causal_model("llama")
+    with pytest.raises(KeyError), patched(model):
+        assert patch_report(model).patched
+        raise KeyError
+    assert not patch_report(model).patched
+    patch_model(model)
+    with patched(model):
+        pass
+    assert patch_report(model).patched
+
+
+def test_a_deep_copy_of_a_patched_model_stands_alone():
+    model = patch_model(causal_model("llama"))
+    other = copy.deepcopy(model)
+    run(other)
+    assert not patch_report(other).not_reached
+    assert len(patch_report(model).not_reached) == 2
+    unpatch_model(model)
+    assert patch_report(other).patched
+    unpatch_model(other)
+    assert other.config._attn_implementation == "eager"
+
+
+def test_wrappers_are_looked_into():
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.module = inner
+
+    model = causal_model("llama")
+    wrapped = Wrapper(torch.compile(model, backend="eager"))
+    assert patch_model(wrapped) is wrapped
+    assert patch_report(model).attention_modules == 2
+    unpatch_model(model)
+    peft = pytest.importorskip("peft")
+    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    expected = run(tuned, padding("left"))[padding("left").bool()]
+    got = run(patch_model(tuned), padding("left"))[padding("left").bool()]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert not patch_report(tuned).not_reached
+    unpatch_model(tuned)
+    assert tuned.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("base", [transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM])
+def test_classes_load_patched_models(base, tmp_path):
+    model = causal_model("llama")
+    model.save_pretrained(tmp_path)
+    methods = dict(vars(base))
+    ours = patch_model(base)
+    assert dict(vars(base)) == methods
+    assert issubclass(ours, base)
+    assert patch_model(ours) is ours
+    assert unpatch_model(ours) is base
+    loaded = ours.from_pretrained(tmp_path)
+    assert type(loaded) is transformers.LlamaForCausalLM
+    assert patch_report(loaded).attention_modules == 2
+    torch.testing.assert_close(run(loaded), run(model), rtol=0, atol=1e-5)
+    loaded, info = ours.from_pretrained(tmp_path, output_loading_info=True)
+    assert patch_report(loaded).patched
+    assert not info["missing_keys"]
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+        ours.from_pretrained(tmp_path, attn_implementation="sdpa")
+    if base is transformers.AutoModelForCausalLM:
+        assert patch_report(ours.from_config(causal_config("llama"))).patched
+    else:
+        assert patch_report(ours(causal_config("llama"))).patched
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config", "named"),
+    [
+        ("BloomForCausalLM", dict(hidden_size=32, n_head=4, n_layer=1), "BloomAttention"),
+        ("MptForCausalLM", dict(d_model=32, n_heads=4, n_layers=1), "MptAttention"),
+        ("GPTJForCausalLM", dict(n_embd=32, n_head=4, n_layer=1, rotary_dim=4), "GPTJAttention"),
+        ("XGLMForCausalLM", dict(d_model=32, ffn_dim=32, num_layers=1, attention_heads=4), "XGLMAttention"),
+        ("CodeGenForCausalLM", dict(n_embd=32, n_head=4, n_layer=1, rotary_dim=4), "CodeGenAttention"),
+        ("MPNetForMaskedLM", dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, intermediate_size=32), "MPNet"),
+    ],
+)
+def test_families_with_their_own_attention_are_refused_by_name(model_class, config, named):
+    cls = getattr(transformers, model_class)
+    model = build(cls, cls.config_class(vocab_size=97, **config))
+    before = everything(model)
+    with pytest.raises(NotImplementedError, match=named):
+        patch_model(model)
+    assert everything(model) == before
+
+
+def test_families_that_read_their_masks_are_refused():
+    model = causal_model("llama")
+    model.config.model_type = "deepseek_v32"
+    with pytest.raises(NotImplementedError, match=r"DeepSeek V3\.2.*sparse"):
+        patch_model(model)
+    config = transformers.ParakeetEncoderConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
+    with pytest.raises(NotImplementedError, match=r"reads the attention mask itself.*dtype == torch.bool"):
+        patch_model(build(transformers.ParakeetEncoder, config))
+
+
+def test_bad_arguments():
+    model = causal_model("llama")
+    with pytest.raises(NotImplementedError, match="continuous_batching"):
+        patch_model(model, continuous_batching=True)
+    with pytest.raises(NotImplementedError, match="context_parallel"):
+        patch_model(model, context_parallel="ring")
+    with pytest.raises(ValueError, match="fallback"):
+        patch_model(model, fallback="eager")
+    with pytest.raises(ValueError, match="packing"):
+        patch_model(model, packing=True)
+    with pytest.raises(TypeError, match="PreTrainedModel"):
+        patch_model(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="got str"):
+        patch_model("meta-llama")
+    with pytest.raises(TypeError, match="Auto class"):
+        patch_model(torch.nn.Linear)
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1))
+    with pytest.raises(ValueError, match="nothing to patch"):
+        patch_model(mamba)
+    assert not patch_report(model).patched
+
+
+def test_attention_weights_are_an_error_not_an_empty_tuple():
+    model = patch_model(causal_model("llama"))
+    with pytest.raises(NotImplementedError, match="output_attentions"):
+        model(tokens(), output_attentions=True)
+    bert = patch_model(build(transformers.BertForMaskedLM, transformers.BertConfig(**SMALL)))
+    with pytest.raises(NotImplementedError, match="output_attentions"):
+        bert(tokens(), output_attentions=True)
+    unpatch_model(model)
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match="output_attentions"):
+        patch_model(model)
+
+
+def test_unknown_tensor_arguments_raise():
+    model = patch_model(causal_model("llama"))
+    with pytest.raises(NotImplementedError, match=r"\['indices'\]"):
+        model(tokens(), indices=torch.zeros(1))
+    model(tokens(), num_items_in_batch=torch.tensor(3), some_flag=True)
+
+
+def test_the_function_has_the_names_that_callers_pass():
+    assert list(inspect.signature(attention.mc_attention).parameters)[:5] == ["module", "query", "key", "value", "attention_mask"]
+
+
+def test_report_counts_calls_and_finds_modules_never_reached():
+    model = patch_model(causal_model("llama"))
+    assert len(patch_report(model).not_reached) == 2
+    run(model)
+    model.model.layers[0](torch.randn(1, 4, 64), position_embeddings=(torch.ones(1, 4, 16), torch.zeros(1, 4, 16)))
+    report = patch_report(model)
+    assert list(report.calls.values()) == [2, 1]
+    assert not report.not_reached
+    assert "2 attention modules" in str(report)
+
+
+def test_fallback_to_sdpa_is_exact_and_counted(monkeypatch):
+    def cannot(*args, **kwargs):
+        raise NotImplementedError("this kernel takes no head dim 16")
+
+    monkeypatch.setattr(attention, "flash_attention", cannot)
+    for family in ("llama", "mistral"):
+        for kind in ("none", "left", "holes"):
+            model, mask = causal_model(family), padding(kind)
+            rows = slice(None) if mask is None else mask.bool()
+            expected = run(model, mask)[rows]
+            strict = patch_model(twin(model))
+            with pytest.raises(NotImplementedError, match='head dim 16.*fallback="sdpa"'):
+                run(strict, mask)
+            patch_model(model, fallback="sdpa")
+            torch.testing.assert_close(run(model, mask)[rows], expected, rtol=0, atol=1e-5)
+            report = patch_report(model)
+            assert list(report.fallbacks.values()) == [1, 1]
+            assert report.fallback_reasons == ("this kernel takes no head dim 16",)
+    gemma = patch_model(causal_model("gemma2"), fallback="sdpa")
+    with pytest.raises(NotImplementedError, match="neither softcap nor sinks"):
+        run(gemma)

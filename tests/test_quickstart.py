@@ -71,6 +71,7 @@ def test_every_check_passes_and_names_the_back_end(tiny_model: Path) -> None:
 def test_wrong_attention_fails_the_run(tiny_model: Path) -> None:
     """A check that cannot fail protects nothing: attention outputs off by 1 % must give exit code 1."""
     arguments = ("examples/quickstart.py", "--model", str(tiny_model), "--tokens", "65", "--new-tokens", "2")
+    arguments += ("--no-compile",)
     result = run("-c", SABOTAGE, *arguments)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "FAILED: logits: error / largest" in result.stdout

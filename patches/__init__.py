@@ -2,8 +2,8 @@
 
 if not __name__.startswith("hf_flash_mc."):
     raise ImportError(
-        f"this folder is hf_flash_mc.patches, but it was imported as {__name__!r}: a second copy would patch with its own "
-        "state. Use `import hf_flash_mc.patches`."
+        f"this folder is hf_flash_mc.patches, but it was imported as {__name__!r}: a second copy would have "
+        "a state of its own. Use `import hf_flash_mc.patches`."
     )
 
 from .api import PatchReport, patch_model, patch_report, patched, unpatch_model

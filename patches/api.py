@@ -54,7 +54,9 @@ class PatchReport:
         lines = [f"{self.model}: {self.attention_modules} attention modules run {KEY}, {ran} of them reached so far"]
         lines += [f"  left to transformers: {name}: {reason}" for name, reason in self.skipped.items()]
         if self.fallbacks:
-            lines.append(f"  {sum(self.fallbacks.values())} calls fell back to sdpa: {'; '.join(self.fallback_reasons)}")
+            lines.append(
+                f"  {sum(self.fallbacks.values())} calls fell back to sdpa: {'; '.join(self.fallback_reasons)}"
+            )
         return "\n".join(lines)
 
 
@@ -86,18 +88,21 @@ def patch_model(
     with an equivalent mask and counts it in the report. ``packing="position_ids"``: documents packed into a row are
     kept apart by their restarting position ids even where a mask or a cache is given, which transformers ignores.
 
-    Nothing global changes except that the key "mc_attention" is registered. The model gets copies of its config objects,
-    so that another model built from the same config is left alone. Patching twice with the same options does nothing.
+    Nothing global changes except that the key "mc_attention" is registered. The model gets copies of its config
+    objects, so that another model built from the same config is left alone. Patching twice with the
+    same options does nothing.
 
-    Raises NotImplementedError for a family that would not be exact, naming it and why; ValueError if there is nothing to
-    patch or the model is patched with other options; TypeError for what is no transformers model.
+    Raises NotImplementedError for a family that would not be exact, naming it and why; ValueError if there is nothing
+    to patch or the model is patched with other options; TypeError for what is no transformers model.
     """
     if fallback not in ("error", "sdpa"):
         raise ValueError(f'fallback: expected "error" or "sdpa", got {fallback!r}')
     if packing not in (None, "position_ids"):
         raise ValueError(f'packing: expected None or "position_ids", got {packing!r}')
     if continuous_batching:
-        raise NotImplementedError("continuous_batching=True: not in this version; generate_batch runs on the unpatched model")
+        raise NotImplementedError(
+            "continuous_batching=True: not in this version; generate_batch runs on the unpatched model"
+        )
     if context_parallel is not None:
         raise NotImplementedError(f"context_parallel: not in this version, expected None, got {context_parallel!r}")
     options = Options(fallback, packing)
@@ -108,9 +113,13 @@ def patch_model(
     state: _State | None = getattr(root, "_mc_state", None)
     if state is not None:
         if state.options != options:
-            raise ValueError(f"model: already patched with {state.options}, got {options}; call unpatch_model(model) first")
+            raise ValueError(
+                f"model: already patched with {state.options}, got {options}; call unpatch_model(model) first"
+            )
         return model
-    inside = [name for name, module in root.named_modules() if hasattr(module, "_mc_record") or hasattr(module, "_mc_state")]
+    inside = [
+        name for name, module in root.named_modules() if hasattr(module, "_mc_record") or hasattr(module, "_mc_state")
+    ]
     if inside:
         raise ValueError(f"model: {inside[0]!r} inside it belongs to a patched model; unpatch that one first")
     _apply(model, root, options)
@@ -125,7 +134,7 @@ def unpatch_model(model: Any) -> Any:
     if isinstance(model, type):
         if "_mc_base" not in vars(model):
             raise ValueError(f"model: {model.__name__} is not a class that patch_model returned")
-        return model._mc_base
+        return vars(model)["_mc_base"]
     root = _find_root(model)
     state: _State | None = getattr(root, "_mc_state", None)
     if state is None:
@@ -189,7 +198,9 @@ def _find_root(model: Any) -> PreTrainedModel:
             roots.append((name, module))
     if len(roots) != 1:
         found = [type(m).__name__ for _, m in roots]
-        raise TypeError(f"model: expected one transformers PreTrainedModel in {type(model).__name__}, found {found}; pass it itself")
+        raise TypeError(
+            f"model: expected one transformers PreTrainedModel in {type(model).__name__}, found {found}; pass it itself"
+        )
     return roots[0][1]
 
 
@@ -197,11 +208,14 @@ def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
     """Check everything first, then change: a refusal leaves the model as it was."""
     attention = {name: m for name, m in root.named_modules() if uses_interface(type(m))}
     targets = {id(m.config) for m in attention.values() if isinstance(getattr(m, "config", None), PreTrainedConfig)}
+    targets.add(id(root.config))  # masks are made with it where parts share it, and it is where users look
     skipped = _check_family(root, attention, targets)
     configs = _collect_configs([model, root])
     asked = [type(c).__name__ for c in configs if id(c) in targets and getattr(c, "output_attentions", False)]
     if asked:
-        raise ValueError(f"config.output_attentions=True in {asked[0]}: mc_attention never forms the attention weights; set it to False")
+        raise ValueError(
+            f"config.output_attentions=True in {asked[0]}: mc_attention forms no attention weights; set it to False"
+        )
     copies = {id(c): copy.copy(c) for c in configs}
     for ours in copies.values():
         for name, held in vars(ours).items():
@@ -209,13 +223,13 @@ def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
                 vars(ours)[name] = copies[id(held)]
     state = _State(options, [], skipped, [(c, copies[id(c)], dict(vars(copies[id(c)]))) for c in configs])
     for config in configs:
-        if id(config) in targets or config is root.config:
+        if id(config) in targets:
             copies[id(config)]._attn_implementation_internal = KEY
     _swap_configs([model, root], copies)
     for name, module in attention.items():
         module._mc_record = ModuleRecord(name, options)
         state.records.append((module, module._mc_record))
-    root._mc_state = state
+    vars(root)["_mc_state"] = state
 
 
 def uses_interface(cls: type) -> bool:
@@ -235,7 +249,7 @@ def _check_family(root: PreTrainedModel, attention: dict[str, nn.Module], target
     name = type(root).__name__
     owners: dict[str, PreTrainedModel] = {n: m for n, m in root.named_modules() if isinstance(m, PreTrainedModel)}
     for owner in owners.values():
-        row = REFUSED.get(getattr(owner.config, "model_type", None))
+        row = REFUSED.get(getattr(owner.config, "model_type", ""))
         if row is not None:
             raise NotImplementedError(f"{name}: the {row.name} family is refused: {row.refused}")
     bypassing, skipped = [], {}
@@ -253,11 +267,13 @@ def _check_family(root: PreTrainedModel, attention: dict[str, nn.Module], target
         bypassing += [reason.split()[0] for reason in skipped.values()]
     if bypassing:
         raise NotImplementedError(
-            f"{name} is refused: {', '.join(sorted(set(bypassing)))} compute attention in their own code and not through "
-            "transformers' attention interface, so the masks of mc_attention would be misread; keep the stock implementation"
+            f"{name} is refused: {', '.join(sorted(set(bypassing)))} compute attention in their own code, not through "
+            "transformers' attention interface, and would misread our masks; keep the stock implementation"
         )
     if not attention:
-        raise ValueError(f"model: nothing to patch, {name} has no attention modules that use transformers' attention interface")
+        raise ValueError(
+            f"model: nothing to patch, {name} has no attention modules that use transformers' attention interface"
+        )
     unplaced = [n for n, m in attention.items() if not isinstance(getattr(m, "config", None), PreTrainedConfig)]
     if unplaced:
         raise NotImplementedError(f"{name} is refused: attention module {unplaced[0]!r} carries no config to switch")
@@ -266,7 +282,7 @@ def _check_family(root: PreTrainedModel, attention: dict[str, nn.Module], target
 
 
 def _computes_own_attention(path: str, module: nn.Module, attention: dict[str, nn.Module]) -> bool:
-    """An attention class of transformers or of the model's own code, with no part and no parent that uses the interface."""
+    """An attention class that neither uses the interface itself nor has a part or a parent that does."""
     if "Attention" not in type(module).__name__ or type(module).__module__.startswith("torch."):
         return False
     if path in attention or next(module.parameters(), None) is None:
@@ -284,14 +300,21 @@ def _check_sources(name: str, modules: list[nn.Module]) -> None:
         found = _READS_MASK.search(source)
         if found:
             raise NotImplementedError(
-                f"{name} is refused: {source_name} reads the attention mask itself ({found.group(0)!r}) and would misread key ranges"
+                f"{name} is refused: {source_name} reads the attention mask itself ({found.group(0)!r}), "
+                "and would misread key ranges"
             )
 
 
 def _collect_configs(parts: list[nn.Module]) -> list[PreTrainedConfig]:
     """Every config object that the modules hold, with the configs nested in them, each once."""
     found: dict[int, PreTrainedConfig] = {}
-    queue = [held for part in parts for m in part.modules() for held in vars(m).values() if isinstance(held, PreTrainedConfig)]
+    queue = [
+        held
+        for part in parts
+        for m in part.modules()
+        for held in vars(m).values()
+        if isinstance(held, PreTrainedConfig)
+    ]
     while queue:
         config = queue.pop()
         if id(config) not in found:
@@ -311,8 +334,8 @@ def _swap_configs(parts: list[nn.Module], replacement: dict[int, PreTrainedConfi
 def _patched_class(base: type, options: Options) -> type:
     """A subclass of an Auto class or a PreTrainedModel class whose constructors return patched models of ``base``."""
     if "_mc_base" in vars(base):
-        if base._mc_options != options:
-            raise ValueError(f"model: {base.__name__} patches with {base._mc_options}, got {options}")
+        if vars(base)["_mc_options"] != options:
+            raise ValueError(f"model: {base.__name__} patches with {vars(base)['_mc_options']}, got {options}")
         return base
     if not issubclass(base, (_BaseAutoModelClass, PreTrainedModel)):
         raise TypeError(f"model: expected a PreTrainedModel or Auto class, got {base.__name__}")
@@ -321,8 +344,8 @@ def _patched_class(base: type, options: Options) -> type:
         def construct(cls, *args: Any, attn_implementation: Any = None, **kwargs: Any):
             if attn_implementation not in (None, KEY):
                 raise ValueError(
-                    f"attn_implementation={attn_implementation!r}: the patched {base.__name__} runs {KEY!r}; leave the argument "
-                    f"out, or load with transformers' own {base.__name__}"
+                    f"attn_implementation={attn_implementation!r}: the patched {base.__name__} runs {KEY!r}; leave the "
+                    f"argument out, or load with transformers' own {base.__name__}"
                 )
             loaded = getattr(base, constructor)(*args, **kwargs)
             if isinstance(loaded, tuple):  # output_loading_info=True
@@ -332,11 +355,17 @@ def _patched_class(base: type, options: Options) -> type:
         construct.__name__ = constructor
         return classmethod(construct)
 
-    body: dict[str, Any] = {"_mc_base": base, "_mc_options": options, "__module__": base.__module__, "__doc__": base.__doc__}
+    body: dict[str, Any] = {
+        "_mc_base": base,
+        "_mc_options": options,
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+    }
     for constructor in ("from_pretrained", "from_config", "_from_config"):
         if hasattr(base, constructor):
             body[constructor] = build(constructor)
     if issubclass(base, PreTrainedModel):
         # a plain model of the base class comes back, so __init__ of this subclass never runs
         body["__new__"] = lambda cls, *args, **kwargs: patch_model(base(*args, **kwargs), **vars(options))
-    return type(base)(base.__name__, (base,), body)
+    metaclass: Any = type(base)
+    return metaclass(base.__name__, (base,), body)

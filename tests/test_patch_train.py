@@ -33,7 +33,7 @@ def test_packing_holds_even_with_a_mask_or_a_cache(family, case):
     model = causal_model(family)
     with torch.no_grad():
         expected = one_by_one(model)
-        given = dict(position_ids=positions(), use_cache=case == "cache")
+        given = {"position_ids": positions(), "use_cache": case == "cache"}
         if case == "mask":
             given["attention_mask"] = torch.ones(1, 21, dtype=torch.long)
             assert (model(tokens(1), **given).logits - expected).abs().max() > 1e-2
@@ -71,7 +71,9 @@ def test_without_a_mask_the_arguments_decide():
         return attention.mc_attention(module, q, q, q, None, **how)[0]
 
     alone = [call(part, is_causal=True, sliding_window=4) for part in q.split(LENGTHS, 2)]
-    got = call(q, is_causal=True, sliding_window=4, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=9, max_length_k=9)
+    got = call(
+        q, is_causal=True, sliding_window=4, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=9, max_length_k=9
+    )
     torch.testing.assert_close(got, torch.cat(alone, 1), rtol=0, atol=1e-6)
     module.is_causal = False
     seen = (torch.arange(21)[:, None] - torch.arange(21)).abs() <= 3
@@ -83,7 +85,7 @@ def test_without_a_mask_the_arguments_decide():
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_gradient_checkpointing(family, reentrant):
     model, mask = causal_model(family), padding("holes")
-    inputs = dict(input_ids=tokens(), attention_mask=mask, use_cache=False)
+    inputs = {"input_ids": tokens(), "attention_mask": mask, "use_cache": False}
     expected = outputs_and_gradients(model, logits, mask, **inputs)
     ours = patch_model(twin(model)).train()
     ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -92,7 +94,9 @@ def test_gradient_checkpointing(family, reentrant):
 
 
 def test_dropout_is_the_same_when_checkpointing_recomputes():
-    config = transformers.GPT2Config(n_embd=64, n_head=4, n_layer=2, vocab_size=97, attn_pdrop=0.3, resid_pdrop=0, embd_pdrop=0)
+    config = transformers.GPT2Config(
+        n_embd=64, n_head=4, n_layer=2, vocab_size=97, attn_pdrop=0.3, resid_pdrop=0, embd_pdrop=0
+    )
     torch.manual_seed(0)
     model = patch_model(transformers.GPT2LMHeadModel(config)).train()
     results = []
@@ -110,7 +114,7 @@ def test_dropout_is_the_same_when_checkpointing_recomputes():
 def test_autocast_mixes_dtypes(family):
     """fp32 weights under bf16 autocast hand over q and k in fp32 and v in bf16."""
     model, mask = causal_model(family), padding("left")
-    inputs = dict(input_ids=tokens(), attention_mask=mask, use_cache=False)
+    inputs = {"input_ids": tokens(), "attention_mask": mask, "use_cache": False}
     exact = outputs_and_gradients(model, logits, mask, **inputs)[0]
 
     def error(m):
@@ -127,9 +131,18 @@ def test_autocast_mixes_dtypes(family):
 
 def train(model, data, collator, tmp_path, **settings) -> list[float]:
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=3, logging_steps=1, report_to=[], use_cpu=True,
-        learning_rate=1e-2, seed=0, save_strategy="no", disable_tqdm=True, **settings,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=3,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        learning_rate=1e-2,
+        seed=0,
+        save_strategy="no",
+        disable_tqdm=True,
+        **settings,
+    )
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

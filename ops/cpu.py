@@ -13,6 +13,7 @@ Two ways, chosen per call:
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -144,13 +145,14 @@ def _backward(
     sums: Gradients,
 ) -> None:
     """Dense backward; adds to the tensors of ``sums``."""
-    # A row that sees nothing has out == 0 exactly, and its dout may be NaN.
-    delta = torch.where(out == 0, 0, dout.to(lse.dtype) * out).sum(-1)  # [B, Hq, Sq]
-    if dlse is not None:
-        delta -= dlse
+    pieces = _pieces(q, k, spec)
+    if pieces is None or sums.dsinks is not None:
+        # A row that sees nothing has out == 0 exactly, and its dout may be NaN.
+        delta = torch.where(out == 0, 0, dout.to(lse.dtype) * out).sum(-1)  # [B, Hq, Sq]
+        if dlse is not None:
+            delta -= dlse
     if sums.dsinks is not None:
         sums.dsinks.sub_((torch.exp(spec.sinks[:, None] - lse) * delta).sum((0, 2)))  # type: ignore[index]
-    pieces = None if sums.dbias is not None or sums.dkey_log_weight is not None else _pieces(q, k, spec)
     if pieces is None:
         tiled_backward(Tiles(q, k, v, spec, dout), lse, delta, sums)
     else:
@@ -163,16 +165,17 @@ def _pieces(q: Tensor, k: Tensor, spec: Spec) -> list[Piece] | None:
     if spec.softcap or spec.dropout_p or any(x is not None for x in optional):
         return None
     (b, hq, sq, _), sk = q.shape, k.shape[2]
-    found = intervals(sq, sk, spec)
-    everywhere = slice(0, b), slice(0, hq)
-    if found is None:
-        return [(*everywhere, slice(0, sq), slice(0, sk), False)] if sq and sk else []
-    lo, hi = found
+    if not b or not sq or not sk:
+        return []
+    regular = _regular_pieces(b, hq, sq, sk, spec)
+    if regular is not None:
+        return regular
+    lo, hi = intervals(sq, sk, spec)  # type: ignore[misc]  # a call without intervals is regular
     pieces: list[Piece] = []
     for i in range(lo.shape[0]):
         for j in range(lo.shape[1]):
-            batch = slice(i, i + 1) if lo.shape[0] > 1 else everywhere[0]
-            heads = slice(j, j + 1) if lo.shape[1] > 1 else everywhere[1]
+            batch = slice(i, i + 1) if lo.shape[0] > 1 else slice(0, b)
+            heads = slice(j, j + 1) if lo.shape[1] > 1 else slice(0, hq)
             own = _decompose(lo[i, j], hi[i, j])
             if own is None:
                 return None
@@ -180,29 +183,62 @@ def _pieces(q: Tensor, k: Tensor, spec: Spec) -> list[Piece] | None:
     return pieces
 
 
+def _regular_pieces(b: int, hq: int, sq: int, sk: int, spec: Spec) -> list[Piece] | None:
+    """``_pieces`` where all rows see the same keys, or each row one more than the row above; None for other calls.
+
+    These are the calls of every transformer, and a step of decoding is short: few tensor operations, no [Sq] arrays.
+    """
+    ranges, right = spec.key_ranges, spec.window_right >= 0 and not spec.causal
+    if sq > 1 and (spec.window_left >= 0 or right or (spec.causal and ranges is not None)):
+        return None
+    growth, ends = int(spec.causal and sq > 1), [(0, sk - sq + 1 if spec.causal else sk)]
+    if ranges is not None:
+        if ranges.shape[1] > 1:
+            return None
+        growth, ends = 0, ranges[:, 0, 0].tolist()
+        if sq > 1:
+            steps = ranges.diff(dim=2)
+            lo_step, growth = steps[0, 0, 0].tolist()
+            if lo_step or growth not in (0, 1) or not bool((steps == steps[:1, :, :1]).all()):
+                return None
+    if any(growth and (lo < 0 or hi + sq - 1 > sk) for lo, hi in ends):  # clamping would bend them
+        return None
+    first = max(0, sk - 1 - spec.window_left) if spec.window_left >= 0 else 0
+    ends = [(max(lo, first), min(hi, sk)) for lo, hi in ends]
+    alike = ends.count(ends[0]) == len(ends)
+    return [
+        (slice(0, b) if alike else slice(i, i + 1), slice(0, hq), *piece)
+        for i, (lo, hi) in enumerate(ends[:1] if alike else ends)
+        for piece in _stack(0, sq, lo, hi, growth)
+    ]
+
+
+def _stack(first: int, end: int, lo: int, hi: int, growth: int) -> list[tuple[slice, slice, bool]]:
+    """Pieces of rows that see keys from ``lo``: the first row up to ``hi``, each further row ``growth`` (0, 1) more."""
+    if growth and hi <= lo:  # rows above the triangle's tip see nothing
+        first, hi = first + lo - hi + 1, lo + 1
+    rows = slice(first, end)
+    if not growth:
+        return [(rows, slice(lo, hi), False)] if lo < hi else []
+    rectangle = [(rows, slice(lo, hi - 1), False)] if lo < hi - 1 else []
+    return [*rectangle, (rows, slice(hi - 1, hi - 1 + end - first), True)] if first < end else []
+
+
 def _decompose(lo: Tensor, hi: Tensor) -> list[tuple[slice, slice, bool]] | None:
     """Rows, keys and causality of the pieces of [Sq] intervals; None if they are too many to be worth it."""
-    rows = len(lo)
-    if rows > 1:
-        step = hi.diff()
-        # how a row continues the one above: 0 the same keys, 1 one key more, 2 not at all
-        kind = torch.where((lo.diff() == 0) & (step >= 0) & (step <= 1), step, 2)
-        starts = kind == 2
-        starts[1:] |= (kind[1:] != kind[:-1]) & (kind[:-1] != 2)
-        cuts = [0, *(starts.nonzero()[:, 0] + 1).tolist(), rows]
-    else:
-        cuts = [0, rows] if rows else []
+    rows, step = len(lo), hi.diff()
+    # how a row continues the one above: 0 the same keys, 1 one key more, 2 not at all
+    kind = torch.where((lo.diff() == 0) & (step >= 0) & (step <= 1), step, 2)
+    starts = kind == 2
+    starts[1:] |= (kind[1:] != kind[:-1]) & (kind[:-1] != 2)
+    cuts = [0, *(starts.nonzero()[:, 0] + 1).tolist(), rows]
     if len(cuts) > 8 + rows // 32:
         return None
     pieces = []
     for first, end in itertools.pairwise(cuts):
         start, stop, last = int(lo[first]), int(hi[first]), int(hi[end - 1])
-        if stop == last:
-            pieces.append((slice(first, end), slice(start, stop), False))
-            continue
-        pieces.append((slice(first, end), slice(start, stop - 1), False))
-        pieces.append((slice(first, end), slice(stop - 1, last), True))
-    return [piece for piece in pieces if piece[1].start < piece[1].stop]
+        pieces += _stack(first, end, start, stop, int(stop != last))
+    return pieces
 
 
 def _padded(x: Tensor, head_dim: int) -> Tensor:
@@ -222,22 +258,34 @@ def _key_heads(heads: slice, hq: int, hkv: int) -> slice:
     return slice(heads.start // group, heads.start // group + 1)
 
 
+def _cut(x: Tensor, *at: slice) -> Tensor:
+    """x[at] with no work where nothing is cut off."""
+    for dim, part in enumerate(at):
+        if part.stop - part.start != x.shape[dim]:
+            x = x.narrow(dim, part.start, part.stop - part.start)
+    return x
+
+
 def _pieces_forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, pieces: list[Piece], out: Tensor, lse: Tensor) -> None:
     d, dv = q.shape[-1], v.shape[-1]
     scale = d**-0.5 if spec.scale is None else spec.scale
     q, k, v = (_padded(x, max(d, dv)) for x in (q, k, v))
-    out.zero_()
-    lse.fill_(-_INF)
-    for index, (batch, heads, rows, keys, causal) in enumerate(pieces):
-        kv = batch, _key_heads(heads, q.shape[1], k.shape[1]), keys
-        part, part_lse = _FLASH(q[batch, heads, rows], k[kv], v[kv], 0.0, causal, scale=scale)
-        at, part = (batch, heads, rows), part[..., :dv]
-        if index and pieces[index - 1][:3] == at:  # the triangle under a rectangle: merge
-            total = torch.logaddexp(lse[at], part_lse)
-            merged = out[at] * torch.exp(lse[at] - total)[..., None] + part * torch.exp(part_lse - total)[..., None]
-            part, part_lse = merged, total
-        out[at] = part
-        lse[at] = part_lse
+    apart = [p[:3] for i, p in enumerate(pieces) if i == 0 or p[:3] != pieces[i - 1][:3]]
+    if sum(math.prod(x.stop - x.start for x in at) for at in apart) < lse.numel():
+        out.zero_()  # some rows see nothing
+        lse.fill_(-_INF)
+    before: tuple[slice, ...] = ()
+    for batch, heads, rows, keys, causal in pieces:
+        at, kv = (batch, heads, rows), (batch, _key_heads(heads, q.shape[1], k.shape[1]), keys)
+        part, part_lse = _FLASH(_cut(q, *at), _cut(k, *kv), _cut(v, *kv), 0.0, causal, scale=scale)
+        part, out_, lse_ = part[..., :dv], _cut(out, *at), _cut(lse, *at)
+        if at == before:  # the triangle under a rectangle: merge
+            total = torch.logaddexp(lse_, part_lse)
+            part = out_ * torch.exp(lse_ - total)[..., None] + part * torch.exp(part_lse - total)[..., None]
+            part_lse = total
+        out_.copy_(part)
+        lse_.copy_(part_lse)
+        before = at
 
 
 def _pieces_backward(
@@ -263,7 +311,8 @@ def _pieces_backward(
         out[..., -1] = -dlse
     for batch, heads, rows, keys, causal in pieces:
         at, kv = (batch, heads, rows), (batch, _key_heads(heads, hq, k.shape[1]), keys)
-        dq, dk, dv_ = _FLASH_BACKWARD(dout[at], q[at], k[kv], v[kv], out[at], lse[at], 0.0, causal, scale=scale)
+        rows_ = _cut(dout, *at), _cut(q, *at), _cut(k, *kv), _cut(v, *kv), _cut(out, *at), _cut(lse, *at)
+        dq, dk, dv_ = _FLASH_BACKWARD(*rows_, 0.0, causal, scale=scale)
         sums.dq[at] += dq[..., :d]  # type: ignore[index]
         sums.dk[kv] += dk[..., :d]  # type: ignore[index]
         sums.dv[kv] += dv_[..., :dv]  # type: ignore[index]

@@ -136,7 +136,8 @@ class Tiles:
             logits = tanh * self.spec.softcap
         if self.slopes is not None:
             row, column = torch.arange(r.start, r.stop) + (self.sk - self.sq), torch.arange(c.start, c.stop)
-            logits -= self.cut(self.slopes, b, r, c) * (row[:, None] - column).abs()
+            distance = (row[:, None] - column).abs().to(self.work)
+            logits.addcmul_(self.cut(self.slopes, b, r, c), distance, value=-1)
         if self.bias is not None:
             logits += self.cut(self.bias, b, r, c)
         if self.weight is not None:

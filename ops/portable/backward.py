@@ -20,8 +20,10 @@ from .common import (
     backward_logits,
     backward_weights,
     dot_parts,
+    has_gaps,
     keep_rows,
     key_in_use,
+    keys_seen,
     load_parts,
     load_tile,
     masked_start,
@@ -251,7 +253,8 @@ def _key_tiles(dk, dv, dw, k, v, col, pointers, q_desc, do_desc, strides, batch,
         qk = dot_parts(k, q, D_PARTS, PRECISION)
         ok = key_ok
         if MASKED:
-            lo, hi = row_ranges(ranges_ptr + h64 * stride_rh, stride_rm, row, sq, sk, window_left, window_right, F)
+            ranges = ranges_ptr + h64 * stride_rh
+            lo, hi = row_ranges(ranges, stride_rm, row, sq, sk, window_left, window_right, F)
             mask = mask_ptr + h64 * stride_mh
             ok = key_ok & visible(lo[None, :], hi[None, :], col[:, None], row[None, :], mask, stride_mm, stride_mn, sq, sk, F)
         slope = 0.0
@@ -279,7 +282,10 @@ def _key_tiles(dk, dv, dw, k, v, col, pointers, q_desc, do_desc, strides, batch,
         if F.ATOMIC_DQ:
             seen = k
             if MASKED and F.SANITIZE:  # 0 * NaN is NaN: drop keys that no row of the tile sees
-                seen = keep_rows(k, tl.max(ok.to(tl.int32), 1) != 0, D_PARTS)
+                first, last, _, _ = range_hull(lo, hi, valid)
+                gaps = has_gaps(ranges, stride_rm, row, lo, hi, sq, sk, window_left, window_right, F)
+                use_k = keys_seen(col < sk, gaps, first, last, ok, ranges, stride_rm, row, col, sq, sk, window_left, window_right, 1, F)
+                seen = keep_rows(k, use_k, D_PARTS)
             dq = accumulate_parts(tl.trans(ds.to(k[0].dtype)), seen, zero_parts(BLOCK_M, D_PARTS), D_PARTS, PRECISION)
             atomic_add_parts(dq_ptr + h64 * D, row, valid, dq_stride, dq, D, D_PARTS)
     return dk, dv, dw
@@ -293,9 +299,9 @@ _RUNTIME_INTS = [
 
 
 @triton.jit(do_not_specialize=_RUNTIME_INTS)
-def attn_bwd_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, dw_ptr, q_desc,
-                         do_desc, plans_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_ptr, slopes_ptr, seed_ptr,
-                         cu_q_ptr, cu_k_ptr,
+def attn_bwd_dkdv_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_ptr, slopes_ptr, seed_ptr,
+                         cu_q_ptr, cu_k_ptr, do_ptr, lse2_ptr, delta_ptr, plans_ptr, dq_ptr, dk_ptr, dv_ptr, dw_ptr,
+                         q_desc, do_desc,
                          stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
                          stride_vn, stride_db, stride_dh, stride_dm, stride_rb, stride_rh, stride_rm, stride_tb,
                          stride_th, stride_mb, stride_mh, stride_mm, stride_mn, stride_bb, stride_bh, stride_bm,
@@ -385,7 +391,7 @@ def attn_bwd_dkdv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dq_pt
 
 
 @triton.jit
-def _query_tiles(dq, q, dout, lse2, delta, row, lo, hi, k_ptr, v_ptr, k_desc, v_desc, stride_kn, stride_vn, batch, head_k,
+def _query_tiles(dq, q, dout, lse2, delta, row, lo, hi, seen, k_ptr, v_ptr, k_desc, v_desc, stride_kn, stride_vn, batch, head_k,
                  plan, mask_ptr, stride_mm, stride_mn, scale, softcap, slope, bias_ptr, stride_bm, stride_bn, weight_ptr,
                  dropout, keep_scale, sq, sk, F: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """The masked or the full key tiles of one query tile; tiles are [BLOCK_M, BLOCK_N]."""
@@ -396,6 +402,7 @@ def _query_tiles(dq, q, dout, lse2, delta, row, lo, hi, k_ptr, v_ptr, k_desc, v_
     D: tl.constexpr = F.D
     PRECISION: tl.constexpr = F.PRECISION
     start, full_start, full_tiles, left, masked_tiles = plan
+    gaps, first, last, ranges_ptr, stride_rm, window_left, window_right = seen
     SANITIZE: tl.constexpr = (MASKED and F.SANITIZE) or F.HAS_WEIGHT
     TMA: tl.constexpr = F.TMA and not SANITIZE
     CHECK: tl.constexpr = MASKED or SANITIZE
@@ -414,7 +421,7 @@ def _query_tiles(dq, q, dout, lse2, delta, row, lo, hi, k_ptr, v_ptr, k_desc, v_
         if MASKED:
             ok = key_ok & visible(lo[:, None], hi[:, None], col[None, :], row[:, None], mask_ptr, stride_mm, stride_mn, sq, sk, F)
             if SANITIZE:
-                use = use & (tl.max(ok.to(tl.int32), 0) != 0)
+                use = keys_seen(use, gaps, first, last, ok, ranges_ptr, stride_rm, row, col, sq, sk, window_left, window_right, 0, F)
         k = load_tile(k_ptr, k_desc, batch, head_k, n0, use, stride_kn, BLOCK_N, D, D_PARTS, CHECK, TMA)
         v = load_tile(v_ptr, v_desc, batch, head_k, n0, use, stride_vn, BLOCK_N, DV, DV_PARTS, CHECK, TMA)
         qk = dot_parts(q, k, D_PARTS, PRECISION)
@@ -435,8 +442,8 @@ _RUNTIME_INTS = [
 
 
 @triton.jit(do_not_specialize=_RUNTIME_INTS)
-def attn_bwd_dq_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr, k_desc, v_desc, ranges_ptr, mask_ptr,
-                       bias_ptr, weight_ptr, slopes_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
+def attn_bwd_dq_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_ptr, slopes_ptr, seed_ptr, cu_q_ptr,
+                       cu_k_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr, k_desc, v_desc,
                        stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
                        stride_db, stride_dh, stride_dm, stride_rb, stride_rh, stride_rm, stride_mb, stride_mh, stride_mm,
                        stride_mn, stride_bb, stride_bh, stride_bm, stride_bn, stride_wb, stride_wh, stride_ab,
@@ -487,6 +494,8 @@ def attn_bwd_dq_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr,
     first, last, full_lo, full_hi = range_hull(lo, hi, valid)
     ALL_MASKED: tl.constexpr = F.HAS_MASK
     plan = plan_tiles(first, last, full_lo, full_hi, BLOCK_N, ALL_MASKED)
+    gaps = has_gaps(ranges_base, stride_rm, row, lo, hi, sq, sk, window_left, window_right, F)
+    seen = (gaps, first, last, ranges_base, stride_rm, window_left, window_right)
     slope = 0.0
     if F.HAS_ALIBI:
         slope = tl.load(slopes_ptr + b64 * stride_ab + head).to(tl.float32)
@@ -500,7 +509,7 @@ def attn_bwd_dq_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr,
     dq = zero_parts(BLOCK_M, D_PARTS)
     for stage in tl.static_range(2):
         dq = _query_tiles(
-            dq, q, dout, lse2, delta, row, lo, hi, k_base, v_base, k_desc, v_desc, stride_kn, stride_vn, batch, head_k,
+            dq, q, dout, lse2, delta, row, lo, hi, seen, k_base, v_base, k_desc, v_desc, stride_kn, stride_vn, batch, head_k,
             plan, mask_base, stride_mm, stride_mn, scale, softcap, slope, bias_base, stride_bm, stride_bn, weight_base,
             dropout, keep_scale, sq, sk, F, stage == 1,
         )  # fmt: skip

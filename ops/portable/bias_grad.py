@@ -17,8 +17,8 @@ _RUNTIME_INTS = [
 
 
 @triton.jit(do_not_specialize=_RUNTIME_INTS)
-def attn_bwd_dbias_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dbias_ptr, ranges_ptr, mask_ptr, bias_ptr,
-                          weight_ptr, slopes_ptr, seed_ptr,
+def attn_bwd_dbias_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_ptr, slopes_ptr, seed_ptr,
+                          cu_q_ptr, cu_k_ptr, do_ptr, lse2_ptr, delta_ptr, dbias_ptr,
                           stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
                           stride_vn, stride_db, stride_dh, stride_dm, stride_rb, stride_rh, stride_rm, stride_mb,
                           stride_mh, stride_mm, stride_mn, stride_bb, stride_bh, stride_bm, stride_bn, stride_wb,

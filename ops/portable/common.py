@@ -189,7 +189,7 @@ def row_ranges(ranges_ptr, stride_rm, row, sq, sk, window_left, window_right, F:
     """The keys [lo, hi) that each row may see, every interval rule folded in; rows past sq see none."""
     valid = row < sq
     at = row + (sk - sq)
-    lo = tl.zeros_like(row)
+    lo = row * 0
     hi = tl.where(valid, sk, 0)
     if F.CAUSAL:
         hi = tl.minimum(hi, at + 1)
@@ -213,6 +213,45 @@ def range_hull(lo, hi, valid):
     full_lo = tl.max(tl.where(valid, lo, 0))
     full_hi = tl.min(tl.where(valid, hi, INT_MAX))
     return tl.minimum(first, last), last, full_lo, full_hi
+
+
+@triton.jit
+def has_gaps(ranges_ptr, stride_rm, row, lo, hi, sq, sk, window_left, window_right, F: tl.constexpr):
+    """May some key between the first and the last that a tile's rows see be seen by none of them?
+
+    Only key_ranges can do that. Neighbouring rows whose ranges touch leave no gap, and every pattern of transformers
+    has that form; any break in the chain counts as a gap, without looking further.
+    """
+    if F.HAS_RANGES:
+        before = tl.maximum(row - 1, 0)
+        lo_before, hi_before = row_ranges(ranges_ptr, stride_rm, before, sq, sk, window_left, window_right, F)
+        touches = (lo_before < hi_before) & (lo <= hi_before) & (lo_before <= hi)
+        first = row == tl.min(row)
+        return tl.sum(((lo < hi) & (first | (touches == 0))).to(tl.int32)) > 1
+    else:
+        return tl.min(row) < 0
+
+
+@triton.jit
+def keys_seen(use, gaps, first, last, ok, ranges_ptr, stride_rm, row, col, sq, sk, window_left, window_right, AXIS: tl.constexpr, F: tl.constexpr):
+    """Which keys of a masked tile some row of it sees: the others may hold NaN, and 0 * NaN is NaN.
+
+    A reduction of the visibility tile would do for all, but needs 100 registers more than the rest of the loop; so
+    it serves dense masks only, and ranges with gaps are walked row by row.
+    """
+    use = use & (col >= first) & (col < last)
+    if F.HAS_MASK:
+        use = use & (tl.max(ok.to(tl.int32), AXIS) != 0)
+    elif F.HAS_RANGES:
+        if gaps:
+            seen = col < 0
+            row0 = tl.min(row)
+            for step in tl.range(0, tl.minimum(tl.max(row) + 1, sq) - row0):
+                one = row0 + step
+                lo, hi = row_ranges(ranges_ptr, stride_rm, one, sq, sk, window_left, window_right, F)
+                seen = seen | ((col >= lo) & (col < hi))
+            use = use & seen
+    return use
 
 
 @triton.jit

@@ -13,7 +13,9 @@ from .common import (
     accumulate_parts,
     dot_parts,
     dropout_keep,
+    has_gaps,
     key_in_use,
+    keys_seen,
     load_parts,
     load_tile,
     masked_start,
@@ -31,7 +33,7 @@ from .common import (
 
 
 @triton.jit
-def _forward_tiles(acc, m, l, q, row, lo, hi, k_ptr, v_ptr, k_desc, v_desc, stride_kn, stride_vn, batch, head_k, plan,
+def _forward_tiles(acc, m, l, q, row, lo, hi, seen, k_ptr, v_ptr, k_desc, v_desc, stride_kn, stride_vn, batch, head_k, plan,
                    mask_ptr, stride_mm, stride_mn, scale, softcap, slope, bias_ptr, stride_bm, stride_bn, weight_ptr,
                    dropout, sq, sk, F: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """The walk over the masked or over the full tiles of a plan."""
@@ -42,8 +44,10 @@ def _forward_tiles(acc, m, l, q, row, lo, hi, k_ptr, v_ptr, k_desc, v_desc, stri
     D: tl.constexpr = F.D
     PRECISION: tl.constexpr = F.PRECISION
     start, full_start, full_tiles, left, masked_tiles = plan
+    gaps, first, last, ranges_ptr, stride_rm, window_left, window_right = seen
     SANITIZE: tl.constexpr = (MASKED and F.SANITIZE) or F.HAS_WEIGHT
     TMA: tl.constexpr = F.TMA and not SANITIZE
+    K_TMA: tl.constexpr = F.TMA  # logits of unseen keys are replaced, whatever they are
     CHECK: tl.constexpr = MASKED or SANITIZE
     CAREFUL: tl.constexpr = MASKED or F.MAY_EMPTY
     count = masked_tiles if MASKED else full_tiles
@@ -58,9 +62,9 @@ def _forward_tiles(acc, m, l, q, row, lo, hi, k_ptr, v_ptr, k_desc, v_desc, stri
             use = key_in_use(weight_ptr, col, sk, F)
         if MASKED:
             ok = visible(lo[:, None], hi[:, None], col[None, :], row[:, None], mask_ptr, stride_mm, stride_mn, sq, sk, F)
-            if SANITIZE:  # 0 * NaN is NaN, so values that no row of the tile sees are not even loaded
-                use = use & (tl.max(ok.to(tl.int32), 0) != 0)
-        k = load_tile(k_ptr, k_desc, batch, head_k, n0, use, stride_kn, BLOCK_N, D, D_PARTS, CHECK, TMA)
+            if SANITIZE:
+                use = keys_seen(use, gaps, first, last, ok, ranges_ptr, stride_rm, row, col, sq, sk, window_left, window_right, 0, F)
+        k = load_tile(k_ptr, k_desc, batch, head_k, n0, use, stride_kn, BLOCK_N, D, D_PARTS, CHECK, K_TMA)
         s = dot_parts(q, k, D_PARTS, PRECISION)
         if not F.PLAIN:
             s, _ = tile_logits(s, row[:, None], col[None, :], scale, softcap, slope, bias_ptr, stride_bm, stride_bn, weight_ptr, sq, sk, F)
@@ -83,8 +87,8 @@ _RUNTIME_INTS = [
 
 
 @triton.jit(do_not_specialize=_RUNTIME_INTS)
-def attn_fwd_kernel(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, k_desc, v_desc, ranges_ptr, mask_ptr, bias_ptr, weight_ptr,
-                    slopes_ptr, sinks_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
+def attn_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_ptr, slopes_ptr, sinks_ptr, seed_ptr,
+                    cu_q_ptr, cu_k_ptr, o_ptr, lse_ptr, k_desc, v_desc,
                     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
                     stride_rb, stride_rh, stride_rm, stride_mb, stride_mh, stride_mm, stride_mn,
                     stride_bb, stride_bh, stride_bm, stride_bn, stride_wb, stride_wh, stride_ab,
@@ -145,6 +149,8 @@ def attn_fwd_kernel(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, k_desc, v_desc, ranges_
     ALL_MASKED: tl.constexpr = F.HAS_MASK
     plan = plan_tiles(first, last, full_lo, full_hi, BLOCK_N, ALL_MASKED)
 
+    gaps = has_gaps(ranges_base, stride_rm, row, lo, hi, sq, sk, window_left, window_right, F)
+    seen = (gaps, first, last, ranges_base, stride_rm, window_left, window_right)
     slope = 0.0
     if F.HAS_ALIBI:
         slope = tl.load(slopes_ptr + b64 * stride_ab + head).to(tl.float32)
@@ -161,7 +167,7 @@ def attn_fwd_kernel(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, k_desc, v_desc, ranges_
     q = load_parts(q_base, row, valid, stride_qm, D, D_PARTS, True)
     for stage in tl.static_range(2):  # full tiles, then masked ones
         acc, m, l = _forward_tiles(
-            acc, m, l, q, row, lo, hi, k_base, v_base, k_desc, v_desc, stride_kn, stride_vn, batch, head_k, plan,
+            acc, m, l, q, row, lo, hi, seen, k_base, v_base, k_desc, v_desc, stride_kn, stride_vn, batch, head_k, plan,
             mask_base, stride_mm, stride_mn, scale, softcap, slope, bias_base, stride_bm, stride_bn, weight_base,
             dropout, sq, sk, F, stage == 1,
         )  # fmt: skip

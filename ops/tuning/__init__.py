@@ -18,6 +18,12 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     tma: bool = False  # read tiles through the tensor memory accelerator where strides allow
+    max_registers: int | None = None  # per thread, so that one more program fits on a multiprocessor
+
+    def options(self) -> dict[str, int]:
+        """The keyword arguments of a Triton launch."""
+        extra = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **extra}
 
 
 @functools.lru_cache(maxsize=None)
@@ -47,7 +53,7 @@ def lookup(kind: str, arch: str, wide: bool, head_dim: int, features: str = "") 
     table = rows["wide" if wide else "half"]
     options = table.get(f"{kind}+{features}") if features else None
     options = options or table[kind]
-    for limit, *values in options:
+    for limit, block_m, block_n, num_warps, num_stages, *registers in options:
         if head_dim <= limit:
-            return Config(*values, tma=features == "tma")
+            return Config(block_m, block_n, num_warps, num_stages, features == "tma", *registers)
     raise ValueError(f"head_dim: expected at most {options[-1][0]} for the portable kernels, got {head_dim}")

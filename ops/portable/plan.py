@@ -1,0 +1,196 @@
+"""What a call comes down to: kernel variants, grids and numbers, worked out once for each signature and kept.
+
+A signature is the shapes, strides and dtypes of a call's tensors and its Python numbers. A repeated one (every layer of
+a model, every step of a training run) costs a dictionary look-up and the launches.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from ..spec import Spec, Varlen, dropout_threshold
+from ..tuning import Config, architecture, lookup
+from .common import Features, split_head_dim
+from .forward import attn_fwd_kernel
+
+INTERPRETED = isinstance(attn_fwd_kernel, InterpretedFunction)  # kernels run in Triton's interpreter, on CPU tensors
+TMA_MIN_KEYS = 512  # below, building two descriptors costs more host time than they save
+FLAGS = Features._fields[Features._fields.index("CAUSAL") : Features._fields.index("TMA")]
+_LARGE = 1 << 30
+_PLANS_KEPT = 1024
+
+
+class Launch:
+    """One kernel with its grid and numbers: ``launch(tensors, descriptors)``.
+
+    The first launch goes through Triton, which compiles for these numbers and this pointer alignment. Later ones call
+    the compiled kernel itself with plain addresses: 10 us of host time in place of 40 to 60.
+    """
+
+    __slots__ = ("kernel", "grid", "numbers", "constants", "options", "runner")
+
+    def __init__(
+        self, kernel: Any, grid: int | tuple[int, int, int], numbers: tuple, constants: tuple, config: Config | None = None
+    ):
+        self.kernel, self.numbers, self.constants = kernel, numbers, constants
+        self.grid = grid if isinstance(grid, tuple) else (grid, 1, 1)
+        self.options = {} if config is None else config.options()
+        self.runner: Any = None
+
+    def __call__(self, tensors: list[Tensor | None], descriptors: tuple = ()) -> None:
+        if self.runner is not None:
+            addresses, bits = [], 0
+            for t in tensors:
+                address = 0 if t is None else t.data_ptr()
+                bits |= address
+                addresses.append(address)
+            if bits & 15 == 0:
+                self.runner(*addresses, *descriptors, *self.numbers, *self.constants)
+                return
+        if not self.grid[0]:
+            return
+        first = tensors[0]
+        args = [first if t is None else t for t in tensors]  # stands in for what is absent and never read
+        compiled = self.kernel[self.grid](*args, *descriptors, *self.numbers, *self.constants, **self.options)
+        if not INTERPRETED and all(t.data_ptr() & 15 == 0 for t in args if t is not None):
+            self.runner = compiled[self.grid]
+
+
+class Plan:
+    """A call's sizes, strides and flags. Launches are added by launch.py under ``launches``."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None):
+        if varlen is None:
+            self.batch, self.hq, self.sq, self.d = q.shape
+            self.hkv, self.sk = k.shape[1], k.shape[2]
+            self.max_q, self.max_k = self.sq, self.sk
+        else:
+            self.batch = varlen.cu_seqlens_q.shape[0] - 1
+            self.sq, self.hq, self.d = q.shape
+            self.sk, self.hkv = k.shape[0], k.shape[1]
+            self.max_q, self.max_k = min(varlen.max_seqlen_q, self.sq), min(varlen.max_seqlen_k, self.sk)
+        self.dv, self.dtype, self.arch, self.packed = v.shape[-1], q.dtype, architecture(q.device), varlen is not None
+        self.scale = self.d**-0.5 if spec.scale is None else spec.scale
+        threshold = dropout_threshold(spec.dropout_p)
+        self.keep_scale = 256 / (256 - threshold)
+        self.tail = (min(spec.window_left, _LARGE), min(spec.window_right, _LARGE), threshold, *spec.dropout_offsets)
+        self.softcap = spec.softcap
+        self.qs, self.ks, self.vs = strides(q), strides(k), strides(v)
+        self.flags = _flags(spec, self)
+        self.ranges_shape = None if spec.key_ranges is None else spec.key_ranges.shape
+        self.ranges_strides = _ranges_strides(spec.key_ranges, self.packed)
+        self.other_strides = (*_plane(spec.mask), *_plane(spec.bias), *_small(spec.key_log_weight, spec.alibi_slopes))
+        sizes = (64, 128, 256)
+        self.tma = (
+            self.arch in ("sm90", "sm100") and not self.packed and self.sk >= TMA_MIN_KEYS and q.dtype.itemsize == 2
+            and spec.key_log_weight is None and self.d in sizes and self.dv in sizes
+            and all(tma_can_read(x) for x in (q, k, v))
+        )  # fmt: skip
+        self.launches: dict[Any, Any] = {}
+
+    def grid(self, rows: int, length: int, heads: int) -> tuple[int, int]:
+        """Tiles of ``rows`` in ``length``, and programs over heads and batch."""
+        tiles = -(-length // rows)
+        return tiles, tiles * heads * self.batch
+
+    def numbers(self) -> tuple:
+        """What all kernels but the small ones take behind their strides of q, k, v, dout and ranges."""
+        return (*self.other_strides, self.scale, self.softcap, self.keep_scale, self.hq, self.hq // self.hkv, self.sq, self.sk)
+
+    def variant(self, kind: str, config: Config | None = None, *, tma: bool = True, weight_grad: bool = False) -> tuple[Features, Config]:
+        """The features and configuration of kernel ``kind``; ``config`` overrides the table."""
+        tma = tma and self.tma
+        wide = self.dtype == torch.float32
+        if config is None:
+            config = lookup(kind, self.arch, wide, max(self.d, self.dv), "tma" if tma else "")
+        own_ranges = self.ranges_shape is not None and self.ranges_shape[-3] > 1 and self.hq != self.hkv
+        f = features(
+            config._replace(tma=config.tma and tma), self.d, self.dv, self.flags, atomic=kind == "fused",
+            weight_grad=weight_grad, head_loop=own_ranges and kind in ("dkdv", "fused"),
+            precision="tf32" if wide and torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        )  # fmt: skip
+        return f, config
+
+
+def features(config: Config, d: int, dv: int, flags: tuple, *, atomic=False, weight_grad=False, head_loop=False, precision="ieee") -> Features:
+    """The kernel variant that a configuration and a call's flags (in the order of FLAGS) describe."""
+    named = dict(zip(FLAGS, flags, strict=True))
+    altered = named["HAS_BIAS"] or named["HAS_WEIGHT"]
+    return Features(
+        d, dv, split_head_dim(d), split_head_dim(dv), config.block_m, config.block_n, *flags,
+        TMA=config.tma, ATOMIC_DQ=atomic, WEIGHT_GRAD=weight_grad, HEAD_LOOP=head_loop, PRECISION=precision,
+        PLAIN=not (altered or named["HAS_ALIBI"] or named["HAS_SOFTCAP"]), MAY_EMPTY=altered,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=None)
+def _kept() -> dict:
+    return {}
+
+
+def plan_of(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None) -> Plan:
+    """The plan of a call; of all tensors the last dimension must be contiguous."""
+    key = (
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.device, spec[7:],
+        torch.backends.cuda.matmul.allow_tf32 if q.dtype == torch.float32 else None,
+        tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in spec[:7]]),
+        None if varlen is None else (varlen[0].shape, varlen[2:]),
+    )  # fmt: skip
+    kept = _kept()
+    plan = kept.get(key)
+    if plan is None:
+        if len(kept) >= _PLANS_KEPT:
+            kept.clear()
+        plan = kept[key] = Plan(q, k, v, spec, varlen)
+    return plan
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """(batch, head, row) strides; 0 for a dimension of size 1, whose stride may be anything."""
+    s = [stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True)]
+    return (0, s[1], s[0]) if x.dim() == 3 else (s[0], s[1], s[2])
+
+
+def tma_can_read(x: Tensor) -> bool:
+    """The tensor memory accelerator takes strides that are multiples of 16 bytes, and none of 0."""
+    return x.dim() == 4 and all(s > 0 and s * x.itemsize % 16 == 0 for s in x.stride()[:3]) and x.data_ptr() % 16 == 0
+
+
+def _flags(spec: Spec, plan: Plan) -> tuple[bool, ...]:
+    left, right = spec.window_left >= 0, spec.window_right >= 0
+    ranges, mask, weight = spec.key_ranges is not None, spec.mask is not None, spec.key_log_weight is not None
+    # square causal attention sees every key and leaves no row empty
+    sanitize = ranges or mask or weight or ((spec.causal or left or right) and (plan.packed or plan.sq != plan.sk))
+    return (
+        spec.causal, left, right, ranges, mask, spec.bias is not None, weight, spec.alibi_slopes is not None,
+        spec.softcap > 0, spec.sinks is not None, spec.dropout_p > 0, plan.packed, sanitize,
+    )  # fmt: skip
+
+
+def _broadcast(x: Tensor, dim: int) -> int:
+    return 0 if x.shape[dim] == 1 else x.stride(dim)
+
+
+def _ranges_strides(ranges: Tensor | None, packed: bool) -> tuple[int, int, int]:
+    if ranges is None:
+        return 0, 0, 0
+    if packed:
+        return (0, _broadcast(ranges, 0), ranges.stride(1)) if ranges.dim() == 3 else (0, 0, ranges.stride(0))
+    return _broadcast(ranges, 0), _broadcast(ranges, 1), ranges.stride(2)
+
+
+def _plane(x: Tensor | None) -> tuple[int, ...]:
+    """Strides of mask or bias, 0 where it broadcasts."""
+    return (0, 0, 0, 0) if x is None else tuple(_broadcast(x, i) for i in range(4))
+
+
+def _small(weight: Tensor | None, slopes: Tensor | None) -> tuple[int, int, int]:
+    """Of key_log_weight (batch, head) and of the slopes (batch)."""
+    wb = 0 if weight is None or weight.dim() == 2 else _broadcast(weight, 0)
+    wh = 0 if weight is None else _broadcast(weight, weight.dim() - 2)
+    return wb, wh, 0 if slopes is None or slopes.dim() == 1 else _broadcast(slopes, 0)

@@ -78,10 +78,10 @@ def flash_attention(
     kind = q.device.type if isinstance(q, Tensor) else ""
     if impl == "auto":
         impl = _AUTO.get(kind, "auto")
-    if not compiling and kind and torch.is_autocast_enabled(kind):
+    if not compiling and _autocast(kind):
         q, k, v = library.autocast_qkv(kind, q, k, v)
     left, right = (-1, -1) if window is None else _window(window)
-    cap = 0.0 if softcap is None else softcap if softcap > 0 else -1.0
+    cap = 0.0 if softcap is None else _softcap(softcap)
     seed = _seed(dropout_seed, q) if dropout_p else None
     if mask is not None:
         mask = _four_dims(mask if isinstance(mask, Tensor) else _evaluate(mask, q, k))
@@ -94,8 +94,8 @@ def flash_attention(
     if not compiling and not (
         not dropout_p
         and left >= -1 <= right
-        and 0 <= cap < _INF
-        and (scale is None or 0 < scale < _INF)
+        and (type(cap) is float and 0 <= cap < _INF)
+        and (scale is None or (type(scale) is float and 0 < scale < _INF))
         and _is_plain(q, k, v, kind, impl)
         and (
             key_ranges is mask is bias is key_log_weight is alibi_slopes is sinks is None
@@ -158,10 +158,10 @@ def flash_attention_varlen(
     kind = q.device.type if isinstance(q, Tensor) else ""
     if impl == "auto":
         impl = _AUTO.get(kind, "auto")
-    if not compiling and kind and torch.is_autocast_enabled(kind):
+    if not compiling and _autocast(kind):
         q, k, v = library.autocast_qkv(kind, q, k, v)
     left, right = (-1, -1) if window is None else _window(window)
-    cap = 0.0 if softcap is None else softcap if softcap > 0 else -1.0
+    cap = 0.0 if softcap is None else _softcap(softcap)
     seed = _seed(dropout_seed, q) if dropout_p else None
     if key_ranges is not None and isinstance(key_ranges, Tensor) and key_ranges.dim() == 2:
         key_ranges = key_ranges[None]
@@ -213,7 +213,7 @@ def explain_attention(q: Tensor, k: Tensor, v: Tensor, *, impl: str = "auto", **
     mask = options.get("mask")
     if mask is not None and not isinstance(mask, Tensor):
         reasons.append("mask: a BlockMask becomes a dense mask of memory Sq * Sk; key_ranges would cost O(Sq)")
-    if torch.is_autocast_enabled(q.device.type):
+    if _autocast(q.device.type):
         q, k, v = library.autocast_qkv(q.device.type, q, k, v)
     spec, varlen = _describe(q, options)
     problems = [text for _, text in checks.find_problems(q, k, v, chosen, spec, varlen)]
@@ -234,8 +234,7 @@ def _describe(q: Tensor, options: dict[str, Any]) -> tuple[Spec, Varlen | None]:
         if ranges is not None and ranges.dim() == 2:
             options["key_ranges"] = ranges[None]
     options["window_left"], options["window_right"] = _window(options.pop("window", None) or (None, None))
-    cap = options.get("softcap")
-    options["softcap"] = 0.0 if cap is None else cap if cap > 0 else -1.0
+    options["softcap"] = _softcap(options.get("softcap"))
     if options.get("dropout_p"):
         options["dropout_seed"] = torch.zeros((), dtype=torch.int64, device=q.device)
     options["bias"] = _four_dims(options.get("bias"))
@@ -275,22 +274,37 @@ def _is_plain(q: Tensor, k: Tensor, v: Tensor, kind: str, impl: str) -> bool:
     )
 
 
+def _autocast(kind: str) -> bool:
+    return kind not in ("", "meta") and torch.is_autocast_enabled(kind)  # torch raises for these two
+
+
 def _window(window: Any) -> tuple[int, int]:
     """(left, right) with -1 for unbounded; a negative number becomes -2, which the checks refuse."""
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
+    left, right = window if isinstance(window, (tuple, list)) and len(window) == 2 else ("", "")
+    if not all(x is None or isinstance(x, checks.INTEGERS) for x in (left, right)):
         raise TypeError(f"window: expected (left, right), each an int >= 0 or None for unbounded, got {window!r}")
-    left, right = window
     return (
         -1 if left is None else left if left >= 0 else -2,
         -1 if right is None else right if right >= 0 else -2,
     )
 
 
+def _softcap(softcap: Any) -> Any:
+    """0 for no cap; what is no cap becomes -1, which the checks refuse."""
+    if softcap is None:
+        return 0.0
+    return softcap if not isinstance(softcap, checks.NUMBERS) or softcap > 0 else -1.0
+
+
 def _seed(seed: Any, q: Tensor) -> Any:
     """The seed as a tensor: drawing and filling happen on the device, in the graph where there is one."""
     if seed is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
-    return seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=q.device)
+    if isinstance(seed, Tensor):
+        return seed
+    if not isinstance(seed, checks.INTEGERS):
+        raise TypeError(f"dropout_seed: expected an int, an int64 tensor or None, got {type(seed).__name__}")
+    return torch.full((), seed, dtype=torch.int64, device=q.device)
 
 
 def _four_dims(x: Any) -> Any:

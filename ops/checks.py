@@ -24,6 +24,8 @@ LIMITS: dict[str, tuple[tuple[torch.dtype, ...], int | None]] = {
 }
 IMPLS = ("auto", "hopper", "triton", "cpu", "reference")
 MAX_LENGTH = 2**31 - 1
+INTEGERS = (int, torch.SymInt)
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 _OPTIONAL = Spec._fields[:6]
 _DTYPES = {"key_ranges": (torch.int32,), "mask": (torch.bool,)}  # of the others: fp32 or q's
@@ -75,9 +77,9 @@ def find_problems(
     _check_types(q, k, v, impl, say)
     _check_numbers(spec, say)
     if known:
-        _check_options(q, k, spec, varlen, say)
         if varlen is not None:
             _check_varlen(q, varlen, say)
+        _check_options(q, k, spec, varlen, say)
     return problems
 
 
@@ -145,6 +147,11 @@ def impl_problems(q: Tensor, v: Tensor, impl: str) -> list[str]:
 
 def _check_numbers(spec: Spec, say: Callable[[Problem], None]) -> None:
     scale, softcap, p = spec.scale, spec.softcap, spec.dropout_p
+    for name, x in (("scale", 1.0 if scale is None else scale), ("softcap", softcap), ("dropout_p", p)):
+        if not isinstance(x, NUMBERS):
+            way_out = "; multiply q by a scale that is a tensor" if name == "scale" else ""
+            say((TypeError, f"{name}: expected a Python number, got {type(x).__name__}{way_out}"))
+            return
     if scale is not None and not 0 < scale < float("inf"):
         say((ValueError, f"scale: expected a finite number > 0, or None for D ** -0.5, got {scale}"))
     # api.py turns what users may not pass into softcap < 0 and windows < -1
@@ -173,7 +180,8 @@ def _check_options(q: Tensor, k: Tensor, spec: Spec, varlen: Varlen | None, say:
         (b, hq, sq, _), (_, hkv, sk, _), rules = q.shape, k.shape, _DENSE_RULES
     else:
         (sq, hq, _), (sk, hkv, _), rules = q.shape, k.shape, _PACKED_RULES
-        b = varlen.cu_seqlens_q.shape[0] - 1 if varlen.cu_seqlens_q.dim() == 1 else 0
+        cu = varlen.cu_seqlens_q
+        b = cu.shape[0] - 1 if isinstance(cu, Tensor) and cu.dim() == 1 else 0
     sizes = {"b": b, "B": b, "h": hq, "H": hq, "g": hkv, "q": sq, "Q": sq, "k": sk, "K": sk, "2": 2}
     for name, x, (layout, shapes) in zip(_OPTIONAL, spec[:6], rules, strict=True):
         if x is None:
@@ -210,7 +218,9 @@ def _check_varlen(q: Tensor, varlen: Varlen, say: Callable[[Problem], None]) -> 
     if len(lengths) == 2 and (lengths[0] != lengths[1] or lengths[0] < 1):
         say((ValueError, f"cu_seqlens_q, cu_seqlens_k: expected one length N + 1, got {lengths[0]} and {lengths[1]}"))
     for name, n in (("max_seqlen_q", varlen.max_seqlen_q), ("max_seqlen_k", varlen.max_seqlen_k)):
-        if n < 0:
+        if not isinstance(n, INTEGERS):
+            say((TypeError, f"{name}: expected an int, got {type(n).__name__}"))
+        elif n < 0:
             say((ValueError, f"{name}: expected at least 0, got {n}"))
 
 

@@ -211,7 +211,7 @@ def save_for_backward(ctx: Any, args: tuple[Any, ...], out: Tensor, lse: Tensor)
 def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None, bwd: Any = None) -> tuple[Any, ...]:
     """The gradients of all arguments of the forward op, from what ``save_for_backward`` kept."""
     q, k, v, out, lse, *rest = ctx.saved_tensors
-    need = ctx.needs_input_grad
+    need = ctx.needs_input_grad + (False,) * _TENSORS  # the dispatcher left out trailing defaults
     first = 8 if ctx.packed else 4
     needs = [need[0], need[1], need[2], need[first + 2], need[first + 3], need[first + 5]]
     if dout is None:
@@ -377,7 +377,7 @@ def _register_sharding(_: ModuleType) -> None:
 
 # both modules take long to import (the first one imports triton), and only their users need these
 when_imported("torch.utils.flop_counter", _register_flops)
-when_imported("torch.distributed.tensor.experimental", _register_sharding)
+when_imported("torch.distributed.tensor", _register_sharding)
 
 
 def sac_save_list() -> list[Any]:

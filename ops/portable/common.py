@@ -391,6 +391,8 @@ def backward_weights(qk, lse2, row, col, ok, scale, softcap, slope, bias_ptr, st
         p = tl.math.exp2(s - lse2)
     if CHECK:
         p = tl.where(ok, p, 0.0)
+        if F.HAS_SOFTCAP:
+            cap_slope = tl.where(ok, cap_slope, 0.0)  # NaN where the key is NaN
     keep = True
     if F.HAS_DROPOUT:
         seed, head, index, off_m, off_n, threshold = dropout

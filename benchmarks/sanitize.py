@@ -1,0 +1,121 @@
+"""Every kernel through the public functions, on small shapes and hostile values, to be watched by a sanitizer.
+
+    compute-sanitizer --tool memcheck --error-exitcode 1 python -m benchmarks.sanitize
+    compute-sanitizer --tool racecheck --error-exitcode 1 python -m benchmarks.sanitize --quick
+
+Hostile means key_ranges and cu_seqlens far outside the tensors, negative, reversed and not monotonic: the kernels must
+clamp them. Tensors are exact slices of their allocations, so that a step outside is one the sanitizer sees. Set
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 (done here) so that every tensor has an allocation of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+
+import torch
+from torch import Tensor
+
+from hf_flash_mc.ops import flash_attention, flash_attention_varlen
+
+LARGEST, SMALLEST = 2**31 - 1, -(2**31)
+DENSE = [(1, 2, 1, 1, 1), (2, 4, 2, 63, 111), (1, 2, 2, 111, 63), (1, 4, 1, 257, 257)]  # B, Hq, Hkv, Sq, Sk
+HEAD_DIMS = [(16, 16), (64, 64), (80, 80), (128, 64), (256, 256)]
+LENGTHS = [(5, 70, 0, 33), (9, 64, 12, 0)]  # of the packed sequences: queries, keys
+
+
+def hostile_ranges(*shape: int, device: str) -> Tensor:
+    """int32 [*shape, 2] of values that no kernel may believe."""
+    wild = torch.tensor([SMALLEST, -1, 0, 1, 7, 64, 100000, LARGEST], dtype=torch.int32, device=device)
+    count = 2 * torch.Size(shape).numel()
+    return wild[(torch.arange(count, device=device) * 5 + 3) % len(wild)].reshape(*shape, 2).contiguous()
+
+
+def dense_options(b: int, hq: int, hkv: int, sq: int, sk: int, device: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Named keyword arguments that between them switch every feature on."""
+    weight = torch.zeros(b, hkv, sk, device=device)
+    yield "plain", {}
+    yield "causal", {"causal": True}
+    yield "window", {"window": (5, 3)}
+    yield "hostile ranges", {"key_ranges": hostile_ranges(b, 1, sq, device=device)}
+    yield "hostile ranges by head, causal", {"key_ranges": hostile_ranges(1, hq, sq, device=device), "causal": True}
+    yield "mask", {"mask": torch.ones(1, 1, sq, sk, dtype=torch.bool, device=device).tril()}
+    yield "bias", {"bias": torch.zeros(1, hq, sq, sk, device=device, requires_grad=True)}
+    yield "bias by key", {"bias": torch.zeros(1, hq, 1, sk, device=device, requires_grad=True)}
+    yield "key_log_weight", {"key_log_weight": weight.index_fill(2, torch.tensor([0], device=device), -torch.inf)}
+    yield "gradient of key_log_weight", {"key_log_weight": weight.clone().requires_grad_()}
+    yield "ALiBi and softcap", {"alibi_slopes": torch.full((hq,), 0.1, device=device), "softcap": 20.0, "causal": True}
+    yield "sinks and dropout", {"sinks": torch.zeros(hq, device=device, requires_grad=True), "dropout_p": 0.25}
+
+
+def hostile_lengths(n: int, total: int, device: str) -> Iterator[tuple[str, Tensor]]:
+    """Named cu_seqlens: a true one and, where nothing checks values before the kernels do, four that lie."""
+    true = torch.linspace(0, total, n + 1).round()
+    lies = {
+        "true": true,
+        "past the end": true * 1000,
+        "negative": true - 2 * total,
+        "falling": true.flip(0),
+        "extreme": torch.tensor([SMALLEST, LARGEST - 64] * n, dtype=torch.float64)[: n + 1],
+    }
+    for name, values in lies.items():
+        if name != "true" and device == "cpu":
+            return
+        yield name, values.to(torch.int32).to(device)
+
+
+def run(name: str, call: Callable[..., Any], qkv: tuple[Tensor, ...], options: dict[str, Any], split: bool) -> None:
+    """Forward and backward (``split``: the deterministic form), through lse too, and waits: an error is of this call."""
+    print(f"  {name}, {[tuple(x.shape) for x in qkv]}, {'split' if split else 'default'} backward", flush=True)
+    torch.use_deterministic_algorithms(split)
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    extra = [x for x in options.values() if isinstance(x, Tensor) and x.requires_grad]
+    out, lse = call(*leaves, **options, return_lse=True)
+    safe = torch.where(lse.isfinite(), lse, torch.zeros_like(lse))
+    torch.autograd.grad((out.float().sum() + safe.sum()), [*leaves, *extra], allow_unused=True)
+    if out.is_cuda:
+        torch.cuda.synchronize()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one shape and two head dims")
+    parser.add_argument("--impl", default="triton", help="the back end (default triton)")
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args(arguments)
+    device, count = options.device, 0
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    shapes, head_dims = (DENSE[1:2], HEAD_DIMS[1:3]) if options.quick else (DENSE, HEAD_DIMS)
+    for b, hq, hkv, sq, sk in shapes:
+        for d, dv in head_dims:
+            sizes = ((b, sq, hq, d), (b, sk, hkv, d), (b, sk, hkv, dv))
+            qkv = tuple(torch.randn(*s, device=device, dtype=dtype).transpose(1, 2) for s in sizes)
+            for name, extra in dense_options(b, hq, hkv, sq, sk, device):
+                for deterministic in (False, True):
+                    run(name, flash_attention, qkv, {**extra, "impl": options.impl}, deterministic)
+                    count += 1
+            print(f"dense B{b} H{hq}/{hkv} S{sq}x{sk} D{d}/{dv}: {count} calls", flush=True)
+    queries, keys = (sum(n) for n in LENGTHS)
+    for d, dv in head_dims:
+        sizes = ((queries, 4, d), (keys, 2, d), (keys, 2, dv))
+        qkv = tuple(torch.randn(*s, device=device, dtype=dtype) for s in sizes)
+        for (name, cu_q), (_, cu_k) in zip(
+            hostile_lengths(4, queries, device), hostile_lengths(4, keys, device), strict=True
+        ):
+            packed = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": max(LENGTHS[0]), "max_seqlen_k": 64}
+            for extra in ({}, {"causal": True}, {"key_ranges": hostile_ranges(queries, device=device)}):
+                run(name, flash_attention_varlen, qkv, {**packed, **extra, "impl": options.impl}, name == "true")
+                count += 1
+        print(f"packed D{d}/{dv}: {count} calls", flush=True)
+    torch.use_deterministic_algorithms(False)
+    print(f"{count} calls, forward and backward, came back")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

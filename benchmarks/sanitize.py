@@ -70,7 +70,7 @@ def hostile_lengths(n: int, total: int, device: str) -> Iterator[tuple[str, Tens
 
 
 def run(name: str, call: Callable[..., Any], qkv: tuple[Tensor, ...], options: dict[str, Any], split: bool) -> None:
-    """Forward and backward (``split``: the deterministic form), through lse too, and waits: an error is of this call."""
+    """Forward and backward (``split``: the deterministic form), through lse too; then wait."""
     print(f"  {name}, {[tuple(x.shape) for x in qkv]}, {'split' if split else 'default'} backward", flush=True)
     torch.use_deterministic_algorithms(split)
     leaves = [x.detach().requires_grad_() for x in qkv]

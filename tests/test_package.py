@@ -132,3 +132,16 @@ def test_env_command_names_versions_and_back_end() -> None:
     assert f"torch: {torch.__version__}" in result.output
     assert "attention on cpu, float32: " in result.output
     assert result.output.count("```") == 2
+
+
+def test_models_command_says_what_is_refused() -> None:
+    from typer.testing import CliRunner
+
+    from hf_flash_mc.cli import app
+    from hf_flash_mc.patches.support import FAMILIES
+
+    result = CliRunner().invoke(app, ["models"])
+    assert result.exit_code == 0, result.output
+    for family in FAMILIES:
+        assert f"{family.name}: " in result.output
+        assert (family.refused or "") in result.output

@@ -18,3 +18,14 @@ def env() -> None:
     from hf_flash_mc.cli.environment import describe_environment
 
     typer.echo("```text\n" + describe_environment() + "\n```")
+
+
+@app.command()
+def models() -> None:
+    """Model families with a row of their own: what each needs, whether it is tested, what is refused and why."""
+    from hf_flash_mc.patches.support import FAMILIES
+
+    for family in FAMILIES:
+        state = f"refused: {family.refused}" if family.refused else "tested" if family.tested else "not tested"
+        typer.echo(f"{family.name}: {family.needs} ({state})")
+    typer.echo("Other families run if their attention goes through transformers' attention interface.")

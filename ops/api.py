@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -280,9 +280,13 @@ def _autocast(kind: str) -> bool:
 
 def _window(window: Any) -> tuple[int, int]:
     """(left, right) with -1 for unbounded; a negative number becomes -2, which the checks refuse."""
-    left, right = window if isinstance(window, (tuple, list)) and len(window) == 2 else ("", "")
-    if not all(x is None or isinstance(x, checks.INTEGERS) for x in (left, right)):
+    if (
+        not isinstance(window, (tuple, list))
+        or len(window) != 2
+        or not all(x is None or isinstance(x, checks.INTEGERS) for x in window)
+    ):
         raise TypeError(f"window: expected (left, right), each an int >= 0 or None for unbounded, got {window!r}")
+    left, right = window
     return (
         -1 if left is None else left if left >= 0 else -2,
         -1 if right is None else right if right >= 0 else -2,
@@ -304,7 +308,7 @@ def _seed(seed: Any, q: Tensor) -> Any:
         return seed
     if not isinstance(seed, checks.INTEGERS):
         raise TypeError(f"dropout_seed: expected an int, an int64 tensor or None, got {type(seed).__name__}")
-    return torch.full((), seed, dtype=torch.int64, device=q.device)
+    return torch.full((), cast(int, seed), dtype=torch.int64, device=q.device)
 
 
 def _four_dims(x: Any) -> Any:

@@ -34,7 +34,7 @@ def dense_mask(block_mask: Any, q: Tensor, k: Tensor) -> Any:
     return seen
 
 
-def _listed(counts: Tensor, indices: Tensor, block: tuple[int, int], sq: int, sk: int) -> Tensor:
+def _listed(counts: Tensor, indices: Any, block: tuple[int, int], sq: int, sk: int) -> Tensor:
     """Bool [B, H, Sq, Sk]: which positions lie in a block that is among the first ``counts`` of ``indices``."""
     columns = -(-sk // block[1])
     listed = torch.arange(indices.shape[-1], device=counts.device) < counts[..., None]

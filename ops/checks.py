@@ -62,13 +62,14 @@ def find_problems(
     """Every reason why this call cannot run; arguments as the ops take them. Safe under tracing: looks at no value."""
     problems: list[Problem] = []
     say = problems.append
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    tensors: tuple[tuple[str, Any], ...] = (("q", q), ("k", k), ("v", v))
+    for name, x in tensors:
         if not isinstance(x, Tensor):
             say((TypeError, f"{name}: expected a torch.Tensor, got {type(x).__name__}"))
     if problems:
         return problems
     layout = "[B, H, S, D]" if varlen is None else "[T, H, D]"
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    for name, x in tensors:
         if x.dim() != (4 if varlen is None else 3):
             say((ValueError, f"{name}: expected {layout}, got {x.dim()} dimensions, shape {_shape(x)}"))
     if not problems:
@@ -147,8 +148,9 @@ def impl_problems(q: Tensor, v: Tensor, impl: str) -> list[str]:
 
 def _check_numbers(spec: Spec, say: Callable[[Problem], None]) -> None:
     scale, softcap, p = spec.scale, spec.softcap, spec.dropout_p
-    for name, x in (("scale", 1.0 if scale is None else scale), ("softcap", softcap), ("dropout_p", p)):
-        if not isinstance(x, NUMBERS):
+    numbers: tuple[tuple[str, Any], ...] = (("scale", scale), ("softcap", softcap), ("dropout_p", p))
+    for name, x in numbers:
+        if x is not None and not isinstance(x, NUMBERS):
             way_out = "; multiply q by a scale that is a tensor" if name == "scale" else ""
             say((TypeError, f"{name}: expected a Python number, got {type(x).__name__}{way_out}"))
             return
@@ -217,7 +219,11 @@ def _check_varlen(q: Tensor, varlen: Varlen, say: Callable[[Problem], None]) -> 
                 lengths.append(cu.shape[0])
     if len(lengths) == 2 and (lengths[0] != lengths[1] or lengths[0] < 1):
         say((ValueError, f"cu_seqlens_q, cu_seqlens_k: expected one length N + 1, got {lengths[0]} and {lengths[1]}"))
-    for name, n in (("max_seqlen_q", varlen.max_seqlen_q), ("max_seqlen_k", varlen.max_seqlen_k)):
+    longest: tuple[tuple[str, Any], ...] = (
+        ("max_seqlen_q", varlen.max_seqlen_q),
+        ("max_seqlen_k", varlen.max_seqlen_k),
+    )
+    for name, n in longest:
         if not isinstance(n, INTEGERS):
             say((TypeError, f"{name}: expected an int, got {type(n).__name__}"))
         elif n < 0:

@@ -37,7 +37,9 @@ def backward(
     """Runs the definition again with autograd recording and differentiates it; always deterministic."""
     inputs = (q, k, v, spec.bias, spec.key_log_weight, spec.sinks)
     with _autograd_recording():
-        leaves = [None if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
+        leaves: list[Any] = [
+            None if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)
+        ]
         q, k, v, bias, weight, sinks = leaves
         out, lse = _attention(q, k, v, spec._replace(bias=bias, key_log_weight=weight, sinks=sinks), varlen)
         pairs = [(y, dy) for y, dy in ((out, dout), (lse, dlse)) if dy is not None and y.requires_grad]

@@ -84,7 +84,7 @@ def _batch(x: Tensor, dim: int | None) -> int:
     return x.shape[1 if dim == 0 else 0]
 
 
-def _fold(x: Tensor | None, dim: int | None, n: int, b: int) -> Tensor | None:
+def _fold(x: Any, dim: int | None, n: int, b: int) -> Any:
     """The mapped dimension and the batch as one: [n * b, ...]."""
     if x is None:
         return None
@@ -94,22 +94,18 @@ def _fold(x: Tensor | None, dim: int | None, n: int, b: int) -> Tensor | None:
 
 def _fold_options(options: tuple[Any, ...], in_dims: tuple[Any, ...], n: int, b: int, keep: bool) -> Spec:
     """The optional tensors for a batch of n * b; with ``keep``, one that all samples share stays of size 1."""
-    spec, dims = Spec(*options), Spec(*in_dims)
+    spec, dims = Spec(*options), Spec(*in_dims)  # dims: of Spec's tensors, where mapped
     if spec.dropout_p:
         raise NotImplementedError("dropout_p: dropout under vmap; put the samples into the batch dimension instead")
     if dims.sinks is not None:
         raise NotImplementedError("sinks: vmap over them; loop over the samples instead")
-    changed = {}
+    changed: dict[str, Any] = {}
     for name in ("key_ranges", "mask", "bias", "key_log_weight"):
         x, dim = getattr(spec, name), getattr(dims, name)
         if x is not None and not (keep and dim is None and x.shape[0] == 1):
             changed[name] = _fold(x, dim, n, b)
-    slopes = spec.alibi_slopes
-    if slopes is not None and (dims.alibi_slopes is not None or slopes.dim() == 2):
-        if dims.alibi_slopes is not None:
-            slopes = slopes.movedim(dims.alibi_slopes, 0)
-            slopes = slopes if slopes.dim() == 3 else slopes[:, None]
-        else:
-            slopes = slopes.expand(n, *slopes.shape)
-        changed["alibi_slopes"] = _fold(slopes, 0, n, b)
+    slopes, dim = spec.alibi_slopes, in_dims[Spec._fields.index("alibi_slopes")]
+    if slopes is not None and (dim is not None or slopes.dim() == 2):  # [Hq] of all samples stays
+        slopes = slopes.expand(n, *slopes.shape) if dim is None else slopes.movedim(dim, 0)
+        changed["alibi_slopes"] = _fold(slopes if slopes.dim() == 3 else slopes[:, None], 0, n, b)
     return spec._replace(**changed)

@@ -65,7 +65,8 @@ def back_end(impl: str) -> ModuleType:
 
 def _make_spec(options: tuple[Any, ...]) -> Spec:
     """The dispatcher leaves out trailing arguments that equal their defaults, which are Spec's defaults."""
-    return Spec(*options[:-1], tuple(options[-1])) if len(options) == _TENSORS + _NUMBERS else Spec(*options)
+    spec = Spec(*options)
+    return spec if len(options) < len(spec) else spec._replace(dropout_offsets=tuple(options[-1]))
 
 
 def _fwd(q: Tensor, k: Tensor, v: Tensor, impl: str, *options: Any) -> tuple[Tensor, Tensor]:
@@ -138,7 +139,7 @@ def _empty_backward(
     return grads
 
 
-def _new_gradients(like: tuple[Tensor | None, ...], needs: Needs) -> tuple[Tensor, ...]:
+def _new_gradients(like: tuple[Any, ...], needs: Needs) -> tuple[Tensor, ...]:
     """Uninitialised dq, dk, dv, dbias, dkey_log_weight and dsinks; of size 0 where not needed."""
     q = like[0]
     return tuple(

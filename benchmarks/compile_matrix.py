@@ -138,13 +138,6 @@ class OfflineDriver:
         return 0
 
 
-class Forgetful(dict):
-    """A cache of compiled kernels that never has one: the second launch is compiled (and counted) like the first."""
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        return default
-
-
 def compile_case(target: str, case: Case) -> list[Result]:
     """Run the case's forward and backwards with nothing launched; what each kernel compiled on the way costs."""
     import torch
@@ -152,7 +145,7 @@ def compile_case(target: str, case: Case) -> list[Result]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from hf_flash_mc.ops.portable import launch
+    from hf_flash_mc.ops.portable import launch, plan
     from hf_flash_mc.ops.spec import Needs
 
     triton.runtime.driver.set_active(OfflineDriver(GPUTarget(*TARGETS[target]), list(TARGETS).index(target)))
@@ -170,12 +163,13 @@ def compile_case(target: str, case: Case) -> list[Result]:
     needs = Needs(True, True, True, spec.bias is not None, spec.key_log_weight is not None, spec.sinks is not None)
     with (
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(launch, "architecture", return_value=target),
-        mock.patch.object(launch, "_compiled", Forgetful()),
+        mock.patch.object(plan, "architecture", return_value=target),
+        mock.patch.object(plan, "INTERPRETED", True),  # no second launch, by the compiled kernel itself
     ):
+        plan.forget()
         out, lse = launch.forward(q, k, v, spec, varlen)
         for form in ("", " (fused)"):
-            with mock.patch.object(launch, "_fused_pays", return_value=bool(form)):
+            with mock.patch.object(launch, "use_fused", return_value=bool(form)):
                 launch.backward(torch.zeros_like(out), None, q, k, v, out, lse, spec, needs, False, varlen)
     return list(found.values())
 

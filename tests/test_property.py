@@ -1,7 +1,9 @@
 """Every back end against the float64 reference, over calls that hypothesis draws.
 
-``HF_FLASH_MC_CASES`` sets the number of cases for each back end. The draws are deterministic; a failure prints the
-``Case`` to run again with ``helpers.run_case``.
+``HF_FLASH_MC_CASES`` sets the number of draws for each back end and ``HF_FLASH_MC_REPEATS`` how often each is run, with
+other lengths and values: on a GPU a draw compiles some five kernels, and repeats share them. 3200 cases on an H100:
+``HF_FLASH_MC_CASES=200 HF_FLASH_MC_REPEATS=16 HF_FLASH_MC_SHARDS=16 pytest tests/test_property.py -k triton -n 16``.
+The draws are deterministic; a failure prints the ``Case`` to run again with ``helpers.run_case``.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import random
 
 import pytest
 import torch
@@ -18,7 +21,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 CASES = {"reference": 60, "cpu": 150, "triton": 90}
-SHARDS = 6  # tests that pytest-xdist can spread
+SHARDS = int(os.environ.get("HF_FLASH_MC_SHARDS", "6"))  # tests that pytest-xdist can spread
+REPEATS = int(os.environ.get("HF_FLASH_MC_REPEATS", "1"))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
 SIZES = [1, 2, 15, 17, 33, 63, 64, 65, 111, 129, *([257, 300, 513] if HAS_GPU else [])]
@@ -83,6 +87,23 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], budget: float) -> Ca
     return case
 
 
+def redraw(case: Case, again: int) -> Case:
+    """The same call with other lengths and values; what decides which kernels run stays."""
+    pick = random.Random(f"{case.seed} {again}")
+    sq, sk = pick.choice(SIZES), pick.choice(SIZES)
+    if case.Sq == case.Sk:
+        sk = sq
+    return dataclasses.replace(
+        case,
+        seed=case.seed + 1000 * again,
+        Sq=sq,
+        Sk=sk,
+        key_ranges=None if case.key_ranges is None else pick.choice(RANGES),
+        poison=pick.random() < 0.5,
+        varlen=None if case.varlen is None else tuple(pick.sample(case.varlen, len(case.varlen))),
+    )
+
+
 def backends() -> list[str]:
     """What can run here: triton needs a GPU, or its interpreter."""
     triton = (HAS_GPU or INTERPRETED) and all(
@@ -110,5 +131,7 @@ def test_agrees_with_float64(impl: str, shard: int) -> None:
     @given(case=cases(dtypes, 16 if impl == "triton" and INTERPRETED else math.inf), public=st.booleans())
     def check(case: Case, public: bool) -> None:
         run_case(case, impl, device, public)
+        for again in range(1, REPEATS):
+            run_case(redraw(case, again), impl, device, public)
 
     check()

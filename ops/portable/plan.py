@@ -6,7 +6,6 @@ a model, every step of a training run) costs a dictionary look-up and the launch
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -128,9 +127,12 @@ def features(config: Config, d: int, dv: int, flags: tuple, *, atomic=False, wei
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=None)
-def _kept() -> dict:
-    return {}
+_kept: dict[tuple, Plan] = {}
+
+
+def forget() -> None:
+    """Drop all plans, so that the next calls compile (or look up) their kernels anew."""
+    _kept.clear()
 
 
 def plan_of(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None) -> Plan:
@@ -141,12 +143,11 @@ def plan_of(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None) 
         tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in spec[:7]]),
         None if varlen is None else (varlen[0].shape, varlen[2:]),
     )  # fmt: skip
-    kept = _kept()
-    plan = kept.get(key)
+    plan = _kept.get(key)
     if plan is None:
-        if len(kept) >= _PLANS_KEPT:
-            kept.clear()
-        plan = kept[key] = Plan(q, k, v, spec, varlen)
+        if len(_kept) >= _PLANS_KEPT:
+            forget()
+        plan = _kept[key] = Plan(q, k, v, spec, varlen)
     return plan
 
 

@@ -87,25 +87,13 @@ def flash_attention(
         mask = _four_dims(mask if isinstance(mask, Tensor) else _evaluate(mask, q, k))
     if bias is not None:
         bias = _four_dims(bias)
-    args = (
-        q, k, v, impl, key_ranges, mask, bias, key_log_weight, alibi_slopes, sinks, seed,
+    options = (
+        key_ranges, mask, bias, key_log_weight, alibi_slopes, sinks, seed,
         scale, causal, left, right, cap, dropout_p, dropout_offsets,
     )  # fmt: skip
-    if not compiling and not (
-        not dropout_p
-        and left >= -1 <= right
-        and (type(cap) is float and 0 <= cap < _INF)
-        and (scale is None or (type(scale) is float and 0 < scale < _INF))
-        and _is_plain(q, k, v, kind, impl)
-        and (
-            key_ranges is mask is bias is key_log_weight is alibi_slopes is sinks is None
-            or checks.options_fit(q, k, Spec(*args[4:]))
-        )
-    ):
-        problems = checks.find_problems(q, k, v, impl, Spec(*args[4:]))
-        if problems:
-            checks.raise_problems(problems)
-    out, lse = library.attention(*args)
+    if not compiling:  # there the fakes check
+        _check(q, k, v, kind, impl, options)
+    out, lse = library.attention(q, k, v, impl, *options)
     return (out, lse) if return_lse else out
 
 
@@ -172,12 +160,7 @@ def flash_attention_varlen(
         scale, causal, left, right, cap, dropout_p, dropout_offsets,
     )  # fmt: skip
     if not compiling:
-        varlen = Varlen(*packed)
-        problems = checks.find_problems(q, k, v, impl, Spec(*options), varlen)
-        if not problems and _may_read(cu_seqlens_q) and _may_read(cu_seqlens_k):
-            problems = checks.cu_seqlens_problems(q, k, varlen)
-        if problems:
-            checks.raise_problems(problems, "flash_attention_varlen")
+        _check(q, k, v, kind, impl, options, Varlen(*packed))
     out, lse = library.attention(q, k, v, *packed, impl, *options)
     return (out, lse) if return_lse else out
 
@@ -249,28 +232,58 @@ def _why_not_hopper(q: Tensor) -> list[str]:
     return [f"not on hopper: {reason}" for reason in checks.impl_problems(q, q, "hopper")]
 
 
-def _is_plain(q: Tensor, k: Tensor, v: Tensor, kind: str, impl: str) -> bool:
-    """The checks of q, k, v and impl in one pass without a word: every call makes them."""
+def _check(
+    q: Any, k: Any, v: Any, kind: str, impl: str, options: tuple[Any, ...], varlen: Varlen | None = None
+) -> None:
+    """Raise every reason why an eager call cannot run; the usual call passes in two or three microseconds."""
+    ranges, mask, bias, weight, slopes, sinks, seed, *_ = options
+    problems = []
+    if not (
+        _is_plain(q, k, v, kind, impl, options, varlen)
+        and (
+            (varlen is None and ranges is mask is bias is weight is slopes is sinks is seed is None)
+            or checks.options_fit(q, k, Spec(*options), varlen)
+        )
+    ):
+        problems = checks.find_problems(q, k, v, impl, Spec(*options), varlen)
+    if varlen is not None and not problems and _may_read(varlen.cu_seqlens_q) and _may_read(varlen.cu_seqlens_k):
+        problems = checks.cu_seqlens_problems(q, k, varlen)
+    if problems:
+        checks.raise_problems(problems, "flash_attention" if varlen is None else "flash_attention_varlen")
+
+
+def _is_plain(q: Any, k: Any, v: Any, kind: str, impl: str, options: tuple[Any, ...], varlen: Varlen | None) -> bool:
+    """Whether q, k, v, impl and the numbers are right, in one pass; False also where that takes a closer look."""
     try:
-        b, hq, sq, d = q.shape
-        bk, hkv, sk, dk = k.shape
-        bv, hv, sv, dv = v.shape
+        if varlen is None:
+            bq, hq, sq, dq = q.shape
+            bk, hk, sk, dk = k.shape
+            bv, hv, sv, dv = v.shape
+        else:
+            (sq, hq, dq), (sk, hk, dk), (sv, hv, dv) = q.shape, k.shape, v.shape
+            bq = bk = bv = 1
     except (AttributeError, ValueError):
         return False
+    scale, _, left, right, cap, dropout_p, _ = options[7:]
     dtype, device = q.dtype, q.device
     return (
-        b == bk == bv
-        and hkv == hv
+        bq == bk == bv
+        and hk == hv
         and sk == sv
-        and d == dk
-        and (kind, impl) in _SERVED
-        and (0 < d <= 256 and 0 < dv <= 256)
-        and hkv > 0
-        and hq % hkv == 0
-        and dtype == k.dtype == v.dtype
-        and device == k.device == v.device
-        and dtype in checks.GPU_DTYPES
+        and dq == dk
+        and 0 < dq <= 256
+        and 0 < dv <= 256
+        and hk > 0
+        and hq % hk == 0
         and sq <= checks.MAX_LENGTH >= sk
+        and dtype == k.dtype == v.dtype
+        and dtype in checks.GPU_DTYPES
+        and device == k.device == v.device
+        and (kind, impl) in _SERVED
+        and not dropout_p
+        and left >= -1 <= right
+        and (type(cap) is float and 0 <= cap < _INF)
+        and (scale is None or (type(scale) is float and 0 < scale < _INF))
     )
 
 

@@ -84,10 +84,12 @@ def find_problems(
     return problems
 
 
-def options_fit(q: Tensor, k: Tensor, spec: Spec) -> bool:
+def options_fit(q: Tensor, k: Tensor, spec: Spec, varlen: Varlen | None) -> bool:
     """Whether the optional tensors are right, where everything else is known to be."""
     problems: list[Problem] = []
-    _check_options(q, k, spec, None, problems.append)
+    if varlen is not None:
+        _check_varlen(q, varlen, problems.append)
+    _check_options(q, k, spec, varlen, problems.append)
     return not problems
 
 

@@ -199,7 +199,7 @@ def row_ranges(ranges_ptr, stride_rm, row, sq, sk, window_left, window_right, F:
         hi = tl.minimum(hi, at + window_right + 1)
     if F.HAS_RANGES:
         pair = ranges_ptr + row.to(tl.int64) * stride_rm
-        lo = tl.maximum(lo, tl.load(pair, mask=valid, other=0))
+        lo = tl.maximum(lo, tl.minimum(tl.load(pair, mask=valid, other=0), sk))  # so that no rounding up overflows
         hi = tl.minimum(hi, tl.load(pair + 1, mask=valid, other=0))
     return lo, hi
 

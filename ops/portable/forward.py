@@ -160,8 +160,8 @@ def attn_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     if F.HAS_SINKS:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
-        m = tl.zeros([BLOCK_M], tl.float32) + sink
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
+        m = tl.zeros([BLOCK_M], tl.float32) + sink * LOG2E
         l = tl.where(m == float("-inf"), 0.0, 1.0)
     acc = zero_parts(BLOCK_M, DV_PARTS)
     q = load_parts(q_base, row, valid, stride_qm, D, D_PARTS, True)
@@ -176,5 +176,7 @@ def attn_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_
     nothing = l == 0.0
     l_safe = tl.where(nothing, 1.0, l)
     lse = tl.where(nothing, float("-inf"), (m + tl.math.log2(l_safe)) * LN2)
+    if F.HAS_SINKS:  # the sink alone: its own bits, by which the backward knows that the row saw nothing
+        lse = tl.where((l == 1.0) & (m == sink * LOG2E), sink, lse)
     tl.store(lse_base + row, lse, mask=valid)
     store_parts(o_base, row, valid, o_stride, scale_parts(acc, keep_scale / l_safe, DV_PARTS), DV, DV_PARTS)

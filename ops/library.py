@@ -219,16 +219,15 @@ def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None, bwd: Any = Non
         if dlse is None:
             return (None,) * (first + _TENSORS + _NUMBERS)
         dout = torch.zeros_like(out)
-    if bwd is None:
-        bwd = VARLEN_BWD if ctx.packed else BWD
     deterministic = torch.are_deterministic_algorithms_enabled()
     packed = (*rest[_TENSORS:], *ctx.lengths)
-    args = (dout, dlse, q, k, v, out, lse, needs, deterministic, *packed, ctx.impl, *rest[:_TENSORS], *ctx.numbers)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        found = bwd(*args)
-    else:  # nobody differentiates this: save the detour through autograd
-        with torch._C._AutoDispatchBelowAutograd():
-            found = bwd(*args)
+    if bwd is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and _nobody_watches(q, k, v):
+        spec = Spec(*rest[:_TENSORS], *ctx.numbers)
+        varlen = Varlen(*packed) if ctx.packed else None
+        found = _backward(dout, dlse, q, k, v, out, lse, Needs(*needs), deterministic, ctx.impl, spec, varlen)
+    else:
+        args = (dout, dlse, q, k, v, out, lse, needs, deterministic, *packed, ctx.impl, *rest[:_TENSORS], *ctx.numbers)
+        found = (bwd or (VARLEN_BWD if ctx.packed else BWD))(*args)
     dq, dk, dv, dbias, dweight, dsinks = (x if n else None for x, n in zip(found, needs, strict=True))
     return (dq, dk, dv, *(None,) * (first - 3), None, None, dbias, dweight, None, dsinks, None, *(None,) * _NUMBERS)
 
@@ -262,8 +261,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = (FWD if len(args) == _FWD_ARGUMENTS else VARLEN_FWD)(*args)
+        out, lse = _run_forward(args)
         save_for_backward(ctx, args, out, lse)
         return out, lse
 
@@ -274,19 +272,48 @@ class _Attention(torch.autograd.Function):
 
 def attention(*args: Any) -> tuple[Tensor, Tensor]:
     """``attn_fwd(*args)`` or ``attn_varlen_fwd(*args)`` by the cheapest route that is right; takes all arguments."""
-    op = FWD if len(args) == _FWD_ARGUMENTS else VARLEN_FWD
     if F.scaled_dot_product_attention is not _SDPA:
         _refuse_context_parallel(F.scaled_dot_product_attention)
     if torch.compiler.is_compiling():
-        return op(*args)  # the tracer must see the op itself
+        return (FWD if len(args) == _FWD_ARGUMENTS else VARLEN_FWD)(*args)  # the tracer must see the op itself
     if torch._C._are_functorch_transforms_active():
         from .functorch import functorch_attention
 
         return functorch_attention(*args)
     if _forward_ad_level() >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
         return _Attention.apply(*args)
+    return _run_forward(args)
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def _nobody_watches(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Plain tensors and no mode: nothing would see the op, so its 15 us in the dispatcher can be saved.
+
+    Under autocast the op is what keeps the back end's own arithmetic out of it.
+    """
+    return (
+        type(q) in _PLAIN
+        and type(k) in _PLAIN
+        and type(v) in _PLAIN
+        and not torch._C._len_torch_dispatch_stack()
+        and q.device.type != "meta"
+        and not torch.is_autocast_enabled(q.device.type)
+    )
+
+
+def _run_forward(args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """The forward below autograd: the op, or its body where nobody watches."""
+    packed = len(args) != _FWD_ARGUMENTS
+    if _nobody_watches(*args[:3]):
+        if packed:
+            q, k, v, *lengths, impl = args[:8]
+            return _forward(q, k, v, impl, Spec(*args[8:]), Varlen(*lengths))
+        q, k, v, impl = args[:4]
+        return _forward(q, k, v, impl, Spec(*args[4:]), None)
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+        return (VARLEN_FWD if packed else FWD)(*args)
 
 
 def _forward_ad_level() -> int:

@@ -47,7 +47,16 @@ def dropout_keep(seed: Tensor, p: float, batch: Tensor, head: Tensor, row: Tenso
 
 
 def visibility(
-    batch: int, heads: int, sq: int, sk: int, *, causal: bool, window, key_ranges: Tensor | None, mask: Tensor | None, device
+    batch: int,
+    heads: int,
+    sq: int,
+    sk: int,
+    *,
+    causal: bool,
+    window,
+    key_ranges: Tensor | None,
+    mask: Tensor | None,
+    device,
 ) -> Tensor:
     """Bool [B or 1, Hq or 1, Sq, Sk]: which keys a query row may see. All rules intersect."""
     row = torch.arange(sq, device=device)[:, None] + (sk - sq)  # bottom-right aligned
@@ -123,17 +132,27 @@ def reference_attention(
     columns = logits
     if sinks is not None:
         columns = torch.cat([logits, sinks.to(work).reshape(1, hq, 1, 1).expand(b, hq, sq, 1)], -1)
-    top = columns.detach().amax(-1, keepdim=True) if columns.shape[-1] else columns.new_full((b, hq, sq, 1), float("-inf"))
+    top = (
+        columns.detach().amax(-1, keepdim=True)
+        if columns.shape[-1]
+        else columns.new_full((b, hq, sq, 1), float("-inf"))
+    )
     top = torch.where(top == float("-inf"), torch.zeros_like(top), top)
     total = torch.exp(columns - top).sum(-1, keepdim=True)
     alive = total > 0
     lse = torch.where(alive, top + torch.log(torch.where(alive, total, torch.ones_like(total))), float("-inf"))
     p = torch.exp(logits - torch.where(alive, lse, torch.zeros_like(lse)))
     if dropout_p:
+        assert dropout_seed is not None, "dropout_seed: expected an int64 tensor with dropout_p > 0, got None"
         ob, oh, om, on = dropout_offsets
         at = lambda n, o, shape: (torch.arange(n, device=q.device) + o).reshape(shape)  # noqa: E731
         keep = dropout_keep(
-            dropout_seed, dropout_p, at(b, ob, (b, 1, 1, 1)), at(hq, oh, (1, hq, 1, 1)), at(sq, om, (1, 1, sq, 1)), at(sk, on, (1, 1, 1, sk))
+            dropout_seed,
+            dropout_p,
+            at(b, ob, (b, 1, 1, 1)),
+            at(hq, oh, (1, hq, 1, 1)),
+            at(sq, om, (1, 1, sq, 1)),
+            at(sk, on, (1, 1, 1, sk)),
         )
         p = torch.where(keep, p * (256 / (256 - round(256 * dropout_p))), torch.zeros_like(p))
     out = torch.where(row_used[..., None], p @ v_, torch.zeros((), dtype=work, device=q.device))  # stops dout's NaN too

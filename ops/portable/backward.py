@@ -103,7 +103,7 @@ def attn_bwd_tile_bounds(ranges_ptr, bounds_ptr, cu_q_ptr, cu_k_ptr, stride_r0, 
     if F.VARLEN:
         sequence = tl.program_id(2)
         q_start, sq = sequence_bounds(cu_q_ptr, sequence, SQ, max_q)
-        k_start, sk = sequence_bounds(cu_k_ptr, sequence, SK, SK)
+        _, sk = sequence_bounds(cu_k_ptr, sequence, SK, SK)
         ranges_ptr += q_start.to(tl.int64) * stride_rm
         slot = (which * tl.num_programs(2) + sequence) * tiles + tile
     else:
@@ -188,7 +188,9 @@ def _tile_meets_keys(bounds_ptr, tile, tiles, n0, BLOCK_N: tl.constexpr):
     low = tl.load(at, mask=inside, other=0)
     high = tl.load(at + 1, mask=inside, other=0)
     some = inside & (low < high) & (low < n0 + BLOCK_N) & (high > n0)
-    full = some & (tl.load(at + 2, mask=inside, other=0) <= n0) & (tl.load(at + 3, mask=inside, other=0) >= n0 + BLOCK_N)
+    full = (
+        some & (tl.load(at + 2, mask=inside, other=0) <= n0) & (tl.load(at + 3, mask=inside, other=0) >= n0 + BLOCK_N)
+    )
     return some, full
 
 
@@ -256,7 +258,9 @@ def _key_tiles(dk, dv, dw, k, v, col, pointers, q_desc, do_desc, strides, batch,
             ranges = ranges_ptr + h64 * stride_rh
             lo, hi = row_ranges(ranges, stride_rm, row, sq, sk, window_left, window_right, F)
             mask = mask_ptr + h64 * stride_mh
-            ok = key_ok & visible(lo[None, :], hi[None, :], col[:, None], row[None, :], mask, stride_mm, stride_mn, sq, sk, F)
+            ok = key_ok & visible(
+                lo[None, :], hi[None, :], col[:, None], row[None, :], mask, stride_mm, stride_mn, sq, sk, F
+            )
         slope = 0.0
         if F.HAS_ALIBI:
             slope = tl.load(slopes_ptr + head).to(tl.float32)
@@ -270,7 +274,9 @@ def _key_tiles(dk, dv, dw, k, v, col, pointers, q_desc, do_desc, strides, batch,
         weights = p
         if F.HAS_DROPOUT:
             weights = tl.where(keep, p, 0.0)
-        dout = load_tile(do_ptr + h64 * stride_dh, do_desc, batch, head, m0, use, stride_dm, BLOCK_M, DV, DV_PARTS, True, TMA)
+        dout = load_tile(
+            do_ptr + h64 * stride_dh, do_desc, batch, head, m0, use, stride_dm, BLOCK_M, DV, DV_PARTS, True, TMA
+        )
         dv = accumulate_parts(weights, dout, dv, DV_PARTS, PRECISION)
         dp = dot_parts(v, dout, DV_PARTS, PRECISION)
         delta = tl.load(delta_ptr + h64 * stride_row + row, mask=use, other=0.0)
@@ -284,7 +290,23 @@ def _key_tiles(dk, dv, dw, k, v, col, pointers, q_desc, do_desc, strides, batch,
             if MASKED and F.SANITIZE:  # 0 * NaN is NaN: drop keys that no row of the tile sees
                 first, last, _, _ = range_hull(lo, hi, valid)
                 gaps = has_gaps(ranges, stride_rm, row, lo, hi, sq, sk, window_left, window_right, F)
-                use_k = keys_seen(col < sk, gaps, first, last, ok, ranges, stride_rm, row, col, sq, sk, window_left, window_right, 1, F)
+                use_k = keys_seen(
+                    col < sk,
+                    gaps,
+                    first,
+                    last,
+                    ok,
+                    ranges,
+                    stride_rm,
+                    row,
+                    col,
+                    sq,
+                    sk,
+                    window_left,
+                    window_right,
+                    1,
+                    F,
+                )
                 seen = keep_rows(k, use_k, D_PARTS)
             dq = accumulate_parts(tl.trans(ds.to(k[0].dtype)), seen, zero_parts(BLOCK_M, D_PARTS), D_PARTS, PRECISION)
             atomic_add_parts(dq_ptr + h64 * D, row, valid, dq_stride, dq, D, D_PARTS)
@@ -312,7 +334,6 @@ def attn_bwd_dkdv_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, we
 
     With ATOMIC_DQ also adds dQ / scale into float32 ``dq_ptr``. Grid: tiles * HKV * B.
     """
-    BLOCK_M: tl.constexpr = F.BLOCK_M
     BLOCK_N: tl.constexpr = F.BLOCK_N
     DV_PARTS: tl.constexpr = F.DV_PARTS
     D_PARTS: tl.constexpr = F.D_PARTS
@@ -336,13 +357,11 @@ def attn_bwd_dkdv_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, we
             return
         q_first = q_start.to(tl.int64)
         k_first = k_start.to(tl.int64)
-        q_batch = b64 * 0
     else:
         sq = SQ
         sk = SK
         q_first = b64 * SQ  # rows before this batch entry in outputs of [B, S, H, D] memory
         k_first = b64 * SK
-        q_batch = b64
     col = n0 + tl.arange(0, BLOCK_N)
     k_ok = col < sk
     weight_base = weight_ptr + hk64 * stride_wh + (k_first if F.VARLEN else b64 * stride_wb)
@@ -373,7 +392,9 @@ def attn_bwd_dkdv_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, we
     head0 = head_k * GROUP
     if F.HEAD_LOOP:  # every head has ranges of its own, so tiles of its own
         for g in tl.range(0, GROUP):
-            plan = _plan_queries(plans_ptr, b64, head0 + g, stride_tb, stride_th, n0, sq, sk, window_left, window_right, F)
+            plan = _plan_queries(
+                plans_ptr, b64, head0 + g, stride_tb, stride_th, n0, sq, sk, window_left, window_right, F
+            )
             for stage in tl.static_range(2):
                 dk, dv, dw = _key_tiles(dk, dv, dw, k, v, col, pointers, q_desc, do_desc, strides, batch, head0 + g, 1,
                                         plan, seed_ptr, numbers, sq, sk, F, stage == 1)  # fmt: skip
@@ -383,138 +404,27 @@ def attn_bwd_dkdv_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, we
             dk, dv, dw = _key_tiles(dk, dv, dw, k, v, col, pointers, q_desc, do_desc, strides, batch, head0, GROUP,
                                     plan, seed_ptr, numbers, sq, sk, F, stage == 1)  # fmt: skip
     factor = tl.zeros([BLOCK_N], tl.float32)
-    store_parts(dk_ptr + k_first * dk_stride + hk64 * D, col, k_ok, dk_stride, scale_parts(dk, factor + scale, D_PARTS), D, D_PARTS)
-    store_parts(dv_ptr + k_first * dv_stride + hk64 * DV, col, k_ok, dv_stride, scale_parts(dv, factor + keep_scale, DV_PARTS), DV, DV_PARTS)
+    store_parts(
+        dk_ptr + k_first * dk_stride + hk64 * D,
+        col,
+        k_ok,
+        dk_stride,
+        scale_parts(dk, factor + scale, D_PARTS),
+        D,
+        D_PARTS,
+    )
+    store_parts(
+        dv_ptr + k_first * dv_stride + hk64 * DV,
+        col,
+        k_ok,
+        dv_stride,
+        scale_parts(dv, factor + keep_scale, DV_PARTS),
+        DV,
+        DV_PARTS,
+    )
     if F.WEIGHT_GRAD:
         flat_k = (hk64 * SK + k_first) if F.VARLEN else (b64 * HK + head_k) * SK
         tl.store(dw_ptr + flat_k + col, dw, mask=k_ok)
-
-
-@triton.jit
-def _query_tiles(dq, q, dout, lse2, delta, row, lo, hi, seen, k_ptr, v_ptr, k_desc, v_desc, stride_kn, stride_vn, batch, head_k,
-                 plan, mask_ptr, stride_mm, stride_mn, scale, softcap, slope, bias_ptr, stride_bm, stride_bn, weight_ptr,
-                 dropout, keep_scale, sq, sk, F: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """The masked or the full key tiles of one query tile; tiles are [BLOCK_M, BLOCK_N]."""
-    BLOCK_N: tl.constexpr = F.BLOCK_N
-    DV_PARTS: tl.constexpr = F.DV_PARTS
-    D_PARTS: tl.constexpr = F.D_PARTS
-    DV: tl.constexpr = F.DV
-    D: tl.constexpr = F.D
-    PRECISION: tl.constexpr = F.PRECISION
-    start, full_start, full_tiles, left, masked_tiles = plan
-    gaps, first, last, ranges_ptr, stride_rm, window_left, window_right = seen
-    SANITIZE: tl.constexpr = (MASKED and F.SANITIZE) or F.HAS_WEIGHT
-    TMA: tl.constexpr = F.TMA and not SANITIZE
-    CHECK: tl.constexpr = MASKED or SANITIZE
-    count = masked_tiles if MASKED else full_tiles
-    for i in tl.range(0, count):
-        if MASKED:
-            n0 = masked_start(i, start, full_start, full_tiles, left, BLOCK_N)
-        else:
-            n0 = full_start + i * BLOCK_N
-        col = n0 + tl.arange(0, BLOCK_N)
-        use = col < sk
-        if SANITIZE:
-            use = key_in_use(weight_ptr, col, sk, F)
-        key_ok = use[None, :]
-        ok = key_ok
-        if MASKED:
-            ok = key_ok & visible(lo[:, None], hi[:, None], col[None, :], row[:, None], mask_ptr, stride_mm, stride_mn, sq, sk, F)
-            if SANITIZE:
-                use = keys_seen(use, gaps, first, last, ok, ranges_ptr, stride_rm, row, col, sq, sk, window_left, window_right, 0, F)
-        k = load_tile(k_ptr, k_desc, batch, head_k, n0, use, stride_kn, BLOCK_N, D, D_PARTS, CHECK, TMA)
-        v = load_tile(v_ptr, v_desc, batch, head_k, n0, use, stride_vn, BLOCK_N, DV, DV_PARTS, CHECK, TMA)
-        qk = dot_parts(q, k, D_PARTS, PRECISION)
-        p, cap_slope, keep = backward_weights(
-            qk, lse2[:, None], row[:, None], col[None, :], ok, scale, softcap, slope, bias_ptr, stride_bm, stride_bn,
-            weight_ptr, dropout, sq, sk, F, CHECK,
-        )  # fmt: skip
-        dp = dot_parts(dout, v, DV_PARTS, PRECISION)
-        ds = backward_logits(p, dp, delta[:, None], ok, keep, keep_scale, F, CHECK) * cap_slope
-        dq = accumulate_parts(ds, k, dq, D_PARTS, PRECISION)
-    return dq
-
-
-_RUNTIME_INTS = [
-    "HQ", "GROUP", "SQ", "SK", "max_q", "tiles", "window_left", "window_right", "threshold", "off_b", "off_h", "off_m",
-    "off_n", "stride_rb", "stride_rh", "stride_rm", "stride_wb", "stride_wh", "stride_ab",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_RUNTIME_INTS)
-def attn_bwd_dq_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_ptr, slopes_ptr, seed_ptr, cu_q_ptr,
-                       cu_k_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr, k_desc, v_desc,
-                       stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-                       stride_db, stride_dh, stride_dm, stride_rb, stride_rh, stride_rm, stride_mb, stride_mh, stride_mm,
-                       stride_mn, stride_bb, stride_bh, stride_bm, stride_bn, stride_wb, stride_wh, stride_ab,
-                       scale, softcap, keep_scale, HQ, GROUP, SQ, SK, max_q, tiles, window_left, window_right, threshold,
-                       off_b, off_h, off_m, off_n, F: tl.constexpr):  # fmt: skip
-    """dQ of BLOCK_M rows. Grid: tiles * HQ * B."""
-    BLOCK_M: tl.constexpr = F.BLOCK_M
-    BLOCK_N: tl.constexpr = F.BLOCK_N
-    DV_PARTS: tl.constexpr = F.DV_PARTS
-    D_PARTS: tl.constexpr = F.D_PARTS
-    DV: tl.constexpr = F.DV
-    D: tl.constexpr = F.D
-    pid = tl.program_id(0)
-    tile = tiles - 1 - pid % tiles
-    batch = pid // tiles // HQ
-    head = pid // tiles % HQ
-    head_k = head // GROUP
-    b64 = batch.to(tl.int64)
-    h64 = head.to(tl.int64)
-    hk64 = head_k.to(tl.int64)
-    dq_stride = HQ.to(tl.int64) * D
-    if F.VARLEN:
-        q_start, sq = sequence_bounds(cu_q_ptr, batch, SQ, max_q)
-        k_start, sk = sequence_bounds(cu_k_ptr, batch, SK, SK)
-        if tile * BLOCK_M >= sq:
-            return
-        q_first = q_start.to(tl.int64)
-        k_first = k_start.to(tl.int64)
-        flat = h64 * SQ + q_first
-    else:
-        sq = SQ
-        sk = SK
-        q_first = b64 * SQ
-        k_first = b64 * SK
-        flat = (b64 * HQ + head) * SQ
-    q_base = q_ptr + h64 * stride_qh + (q_first * stride_qm if F.VARLEN else b64 * stride_qb)
-    do_base = do_ptr + h64 * stride_dh + (q_first * stride_dm if F.VARLEN else b64 * stride_db)
-    k_base = k_ptr + hk64 * stride_kh + (k_first * stride_kn if F.VARLEN else b64 * stride_kb)
-    v_base = v_ptr + hk64 * stride_vh + (k_first * stride_vn if F.VARLEN else b64 * stride_vb)
-    weight_base = weight_ptr + hk64 * stride_wh + (k_first if F.VARLEN else b64 * stride_wb)
-    ranges_base = ranges_ptr + h64 * stride_rh + (q_first * stride_rm if F.VARLEN else b64 * stride_rb)
-    mask_base = mask_ptr + b64 * stride_mb + h64 * stride_mh
-    bias_base = bias_ptr + b64 * stride_bb + h64 * stride_bh
-
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = row < sq
-    lo, hi = row_ranges(ranges_base, stride_rm, row, sq, sk, window_left, window_right, F)
-    first, last, full_lo, full_hi = range_hull(lo, hi, valid)
-    ALL_MASKED: tl.constexpr = F.HAS_MASK
-    plan = plan_tiles(first, last, full_lo, full_hi, BLOCK_N, ALL_MASKED)
-    gaps = has_gaps(ranges_base, stride_rm, row, lo, hi, sq, sk, window_left, window_right, F)
-    seen = (gaps, first, last, ranges_base, stride_rm, window_left, window_right)
-    slope = 0.0
-    if F.HAS_ALIBI:
-        slope = tl.load(slopes_ptr + b64 * stride_ab + head).to(tl.float32)
-    dropout = (0, 0, 0, 0, 0, 0)
-    if F.HAS_DROPOUT:
-        dropout = (tl.load(seed_ptr), head + off_h, batch + off_b, off_m, off_n, threshold)
-    q = load_parts(q_base, row, valid, stride_qm, D, D_PARTS, True)
-    dout = load_parts(do_base, row, valid, stride_dm, DV, DV_PARTS, True)
-    lse2 = tl.load(lse2_ptr + flat + row, mask=valid, other=float("inf"))
-    delta = tl.load(delta_ptr + flat + row, mask=valid, other=0.0)
-    dq = zero_parts(BLOCK_M, D_PARTS)
-    for stage in tl.static_range(2):
-        dq = _query_tiles(
-            dq, q, dout, lse2, delta, row, lo, hi, seen, k_base, v_base, k_desc, v_desc, stride_kn, stride_vn, batch, head_k,
-            plan, mask_base, stride_mm, stride_mn, scale, softcap, slope, bias_base, stride_bm, stride_bn, weight_base,
-            dropout, keep_scale, sq, sk, F, stage == 1,
-        )  # fmt: skip
-    factor = tl.zeros([BLOCK_M], tl.float32) + scale
-    store_parts(dq_ptr + q_first * dq_stride + h64 * D, row, valid, dq_stride, scale_parts(dq, factor, D_PARTS), D, D_PARTS)
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -61,7 +61,9 @@ def attn_bwd_dbias_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, w
         bias_base = bias_ptr + b64 * stride_bb + h64 * stride_bh
         lo, hi = row_ranges(ranges_base, stride_rm, row, SQ, SK, window_left, window_right, F)
         key_ok = key_in_use(weight_base, col, SK, F)
-        ok = key_ok[None, :] & visible(lo[:, None], hi[:, None], col[None, :], row[:, None], mask_base, stride_mm, stride_mn, SQ, SK, F)
+        ok = key_ok[None, :] & visible(
+            lo[:, None], hi[:, None], col[None, :], row[:, None], mask_base, stride_mm, stride_mn, SQ, SK, F
+        )
         if tl.max(ok.to(tl.int32)) != 0:
             slope = 0.0
             if F.HAS_ALIBI:

@@ -8,6 +8,8 @@ A head dim that is no power of two is held as a tuple of power-of-two parts (80 
 D / next_power_of_2(D) of the padded work. A "parts" value below is such a tuple of tiles.
 """
 
+# mypy: disable-error-code="assignment"
+# (tuples grow part by part in jitted functions)
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -111,7 +113,20 @@ def load_parts(ptr, index, ok, stride, D: tl.constexpr, PARTS: tl.constexpr, CHE
 
 
 @triton.jit
-def load_tile(ptr, desc, batch, head, start, ok, stride, ROWS: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, CHECK: tl.constexpr, TMA: tl.constexpr):
+def load_tile(
+    ptr,
+    desc,
+    batch,
+    head,
+    start,
+    ok,
+    stride,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHECK: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """ROWS rows from ``start``: by the tensor memory accelerator (zeros past the end), or by pointers."""
     if TMA:
         return (desc.load([batch, head, start, 0]).reshape([ROWS, part_width(PARTS, 0)]),)
@@ -233,7 +248,23 @@ def has_gaps(ranges_ptr, stride_rm, row, lo, hi, sq, sk, window_left, window_rig
 
 
 @triton.jit
-def keys_seen(use, gaps, first, last, ok, ranges_ptr, stride_rm, row, col, sq, sk, window_left, window_right, AXIS: tl.constexpr, F: tl.constexpr):
+def keys_seen(
+    use,
+    gaps,
+    first,
+    last,
+    ok,
+    ranges_ptr,
+    stride_rm,
+    row,
+    col,
+    sq,
+    sk,
+    window_left,
+    window_right,
+    AXIS: tl.constexpr,
+    F: tl.constexpr,
+):
     """Which keys of a masked tile some row of it sees: the others may hold NaN, and 0 * NaN is NaN.
 
     A reduction of the visibility tile would do for all, but needs 100 registers more than the rest of the loop; so
@@ -242,7 +273,7 @@ def keys_seen(use, gaps, first, last, ok, ranges_ptr, stride_rm, row, col, sq, s
     use = use & (col >= first) & (col < last)
     if F.HAS_MASK:
         use = use & (tl.max(ok.to(tl.int32), AXIS) != 0)
-    elif F.HAS_RANGES:
+    elif F.HAS_RANGES:  # noqa: SIM102 (a branch at run time inside one at compile time)
         if gaps:
             seen = col < 0
             row0 = tl.min(row)
@@ -303,7 +334,9 @@ def tanh(x):
 
 
 @triton.jit
-def tile_logits(qk, row, col, scale, softcap, slope, bias_ptr, stride_bm, stride_bn, weight_ptr, sq, sk, F: tl.constexpr):
+def tile_logits(
+    qk, row, col, scale, softcap, slope, bias_ptr, stride_bm, stride_bn, weight_ptr, sq, sk, F: tl.constexpr
+):
     """Logits in base 2, before visibility, from a tile of q.k. Returns (logits, d logits / d (scale * q.k)).
 
     The second is 1 unless there is a softcap. ``weight_ptr`` points at this head's key_log_weight row. With F.PLAIN
@@ -387,7 +420,9 @@ def backward_weights(qk, lse2, row, col, ok, scale, softcap, slope, bias_ptr, st
     if F.PLAIN:
         p = tl.math.exp2(qk * (scale * LOG2E) - lse2)
     else:
-        s, cap_slope = tile_logits(qk, row, col, scale, softcap, slope, bias_ptr, stride_bm, stride_bn, weight_ptr, sq, sk, F)
+        s, cap_slope = tile_logits(
+            qk, row, col, scale, softcap, slope, bias_ptr, stride_bm, stride_bn, weight_ptr, sq, sk, F
+        )
         p = tl.math.exp2(s - lse2)
     if CHECK:
         p = tl.where(ok, p, 0.0)

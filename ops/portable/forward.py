@@ -33,9 +33,9 @@ from .common import (
 
 
 @triton.jit
-def _forward_tiles(acc, m, l, q, row, lo, hi, seen, k_ptr, v_ptr, k_desc, v_desc, stride_kn, stride_vn, batch, head_k, plan,
-                   mask_ptr, stride_mm, stride_mn, scale, softcap, slope, bias_ptr, stride_bm, stride_bn, weight_ptr,
-                   dropout, sq, sk, F: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def _forward_tiles(acc, m, l, q, row, lo, hi, seen, k_ptr, v_ptr, k_desc, v_desc, stride_kn, stride_vn, batch, head_k,
+                   plan, mask_ptr, stride_mm, stride_mn, scale, softcap, slope, bias_ptr, stride_bm, stride_bn,
+                   weight_ptr, dropout, sq, sk, F: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """The walk over the masked or over the full tiles of a plan."""
     BLOCK_N: tl.constexpr = F.BLOCK_N
     DV_PARTS: tl.constexpr = F.DV_PARTS
@@ -61,13 +61,31 @@ def _forward_tiles(acc, m, l, q, row, lo, hi, seen, k_ptr, v_ptr, k_desc, v_desc
         if SANITIZE:
             use = key_in_use(weight_ptr, col, sk, F)
         if MASKED:
-            ok = visible(lo[:, None], hi[:, None], col[None, :], row[:, None], mask_ptr, stride_mm, stride_mn, sq, sk, F)
+            ok = visible(
+                lo[:, None], hi[:, None], col[None, :], row[:, None], mask_ptr, stride_mm, stride_mn, sq, sk, F
+            )
             if SANITIZE:
-                use = keys_seen(use, gaps, first, last, ok, ranges_ptr, stride_rm, row, col, sq, sk, window_left, window_right, 0, F)
+                use = keys_seen(
+                    use, gaps, first, last, ok, ranges_ptr, stride_rm, row, col, sq, sk, window_left, window_right, 0, F
+                )
         k = load_tile(k_ptr, k_desc, batch, head_k, n0, use, stride_kn, BLOCK_N, D, D_PARTS, CHECK, K_TMA)
         s = dot_parts(q, k, D_PARTS, PRECISION)
         if not F.PLAIN:
-            s, _ = tile_logits(s, row[:, None], col[None, :], scale, softcap, slope, bias_ptr, stride_bm, stride_bn, weight_ptr, sq, sk, F)
+            s, _ = tile_logits(
+                s,
+                row[:, None],
+                col[None, :],
+                scale,
+                softcap,
+                slope,
+                bias_ptr,
+                stride_bm,
+                stride_bn,
+                weight_ptr,
+                sq,
+                sk,
+                F,
+            )
         if MASKED:
             s = tl.where(ok, s, float("-inf"))
         p, m, l, alpha = softmax_step(s, m, l, scale * LOG2E, F, CAREFUL)

@@ -14,12 +14,12 @@ from ..spec import Gradients, Needs, Spec, Varlen, new_bshd, new_lse
 from ..tuning import Config
 from .backward import (
     attn_bwd_dkdv_kernel,
-    attn_bwd_dq_kernel,
     attn_bwd_finish,
     attn_bwd_key_plans,
     attn_bwd_prepare,
     attn_bwd_tile_bounds,
 )
+from .backward_dq import attn_bwd_dq_kernel
 from .bias_grad import attn_bwd_dbias_kernel
 from .forward import attn_fwd_kernel
 from .plan import INTERPRETED, Launch, Plan, plan_of, strides, tma_can_read
@@ -61,10 +61,13 @@ def _rows(x: Tensor) -> Tensor:
 
 def _contiguous_rows(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor, Spec]:
     """Copies of what the kernels cannot stride through: only the last dimension must be contiguous."""
-    if spec.key_ranges is not None or spec.key_log_weight is not None or spec.alibi_slopes is not None:
-        names = ("key_ranges", "key_log_weight", "alibi_slopes")
-        kept = {name: getattr(spec, name) for name in names}
-        spec = spec._replace(**{name: None if t is None else _rows(t) for name, t in kept.items()})
+    ranges, weight, slopes = spec.key_ranges, spec.key_log_weight, spec.alibi_slopes
+    if ranges is not None:
+        spec = spec._replace(key_ranges=_rows(ranges))
+    if weight is not None:
+        spec = spec._replace(key_log_weight=_rows(weight))
+    if slopes is not None:
+        spec = spec._replace(alibi_slopes=_rows(slopes))
     return _rows(q), _rows(k), _rows(v), spec
 
 
@@ -77,7 +80,9 @@ def _descriptors(on: bool, a: Tensor, b: Tensor, rows: int) -> tuple:
     return (_descriptor(a, rows), _descriptor(b, rows)) if on else (None, None)
 
 
-def _inputs(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None, *more: Tensor | None) -> list[Tensor | None]:
+def _inputs(
+    q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None, *more: Tensor | None
+) -> list[Tensor | None]:
     """The tensors every kernel takes, in its order."""
     cu_q, cu_k = (None, None) if varlen is None else varlen[:2]
     ranges, mask, bias, weight, slopes, sinks, seed = spec[:7]
@@ -87,7 +92,9 @@ def _inputs(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None, 
 
 
 @_on_device
-def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None = None, configs: Configs | None = None) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None = None, configs: Configs | None = None
+) -> tuple[Tensor, Tensor]:
     """out and lse. ``configs`` overrides the tuning table, by kernel."""
     q, k, v, spec = _contiguous_rows(q, k, v, spec)
     plan = plan_of(q, k, v, spec, varlen)
@@ -109,8 +116,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None =
 
 @_on_device
 def backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: Spec, needs: Needs,
-    deterministic: bool, varlen: Varlen | None = None, configs: Configs | None = None,
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: Spec,
+    needs: Needs, deterministic: bool, varlen: Varlen | None = None, configs: Configs | None = None,
 ) -> Gradients:  # fmt: skip
     """The gradients that ``needs`` names. ``configs`` overrides the tuning table, by kernel; naming "fused" takes
     that form wherever the call need not be deterministic."""
@@ -139,7 +146,7 @@ def backward(
 
 
 def use_fused(configs: Configs) -> bool:
-    """The fused form sums dQ by atomics, which on an H100 costs more than the two products it saves (docs/performance.md).
+    """The fused form sums dQ by atomics, which on an H100 costs more than the two products it saves.
 
     So it runs where asked: by ``configs``, or by the environment variable HF_FLASH_MC_BACKWARD=fused.
     """
@@ -150,7 +157,15 @@ class _Backward:
     """One backward: the tensors that its kernels share."""
 
     def __init__(
-        self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None, dout: Tensor, configs: Configs
+        self,
+        plan: Plan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spec: Spec,
+        varlen: Varlen | None,
+        dout: Tensor,
+        configs: Configs,
     ):
         self.plan, self.q, self.k, self.v, self.spec, self.varlen = plan, q, k, v, spec, varlen
         self.dout, self.configs = dout, configs
@@ -195,7 +210,9 @@ class _Backward:
         plan, kind = self.plan, "fused" if fused else "dkdv"
         key, found = self._launch(kind, weight_needed)
         if found is None:
-            f, config = plan.variant(kind, self.configs.get(kind), tma=tma_can_read(self.dout), weight_grad=weight_needed)
+            f, config = plan.variant(
+                kind, self.configs.get(kind), tma=tma_can_read(self.dout), weight_grad=weight_needed
+            )
             tiles, grid = plan.grid(f.BLOCK_N, plan.max_k, plan.hkv)
             planner = _KeyPlans(plan, f)
             numbers = (*self._strides(), *planner.strides, *plan.numbers(), plan.max_q, plan.max_k, tiles, *plan.tail)
@@ -215,7 +232,9 @@ class _Backward:
         plans = planner.run(self.spec.key_ranges, self.varlen)
         launch(self._tensors(plans, acc, dk, dv, dw), _descriptors(f.TMA, self.q, self.dout, f.BLOCK_M))
         if acc is not None and dq is not None:
-            Launch(attn_bwd_finish, -(-acc.numel() // FINISH_BLOCK), (acc.numel(), plan.scale), (FINISH_BLOCK,))([acc, dq])
+            Launch(attn_bwd_finish, -(-acc.numel() // FINISH_BLOCK), (acc.numel(), plan.scale), (FINISH_BLOCK,))(
+                [acc, dq]
+            )
         return dq, dk, dv, dw
 
     def queries(self) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -31,10 +32,15 @@ class Launch:
     the compiled kernel itself with plain addresses: 10 us of host time in place of 40 to 60.
     """
 
-    __slots__ = ("kernel", "grid", "numbers", "constants", "options", "runner")
+    __slots__ = ("constants", "grid", "kernel", "numbers", "options", "runner")
 
     def __init__(
-        self, kernel: Any, grid: int | tuple[int, int, int], numbers: tuple, constants: tuple, config: Config | None = None
+        self,
+        kernel: Any,
+        grid: int | tuple[int, int, int],
+        numbers: tuple,
+        constants: tuple,
+        config: Config | None = None,
     ):
         self.kernel, self.numbers, self.constants = kernel, numbers, constants
         self.grid = grid if isinstance(grid, tuple) else (grid, 1, 1)
@@ -43,11 +49,10 @@ class Launch:
 
     def __call__(self, tensors: list[Tensor | None], descriptors: tuple = ()) -> None:
         if self.runner is not None:
-            addresses, bits = [], 0
-            for t in tensors:
-                address = 0 if t is None else t.data_ptr()
+            addresses = [0 if t is None else t.data_ptr() for t in tensors]
+            bits = 0
+            for address in addresses:
                 bits |= address
-                addresses.append(address)
             if bits & 15 == 0:
                 self.runner(*addresses, *descriptors, *self.numbers, *self.constants)
                 return
@@ -57,7 +62,46 @@ class Launch:
         args = [first if t is None else t for t in tensors]  # stands in for what is absent and never read
         compiled = self.kernel[self.grid](*args, *descriptors, *self.numbers, *self.constants, **self.options)
         if not INTERPRETED and all(t.data_ptr() & 15 == 0 for t in args if t is not None):
-            self.runner = compiled[self.grid]
+            self.runner = _runner(compiled, self.grid)
+
+
+def _runner(compiled: Any, grid: tuple[int, int, int]) -> Any:
+    """The compiled kernel as a function of its arguments.
+
+    On triton 3.6 the launcher's C function can be called directly, which saves 5 us of Python around it; it needs
+    scratch memory for some kernels, none of ours. Other versions, and profilers that hook launches, go through
+    ``compiled[grid]``.
+    """
+    general = compiled[grid]
+    launcher = compiled.run
+    launch = getattr(launcher, "launch", None)
+    if not triton.__version__.startswith("3.6.") or torch.version.hip or launch is None or launcher.global_scratch_size:
+        return general
+    function, metadata, runtime = compiled.function, compiled.packed_metadata, triton.knobs.runtime
+    cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
+    current_stream, device = torch._C._cuda_getCurrentRawStream, torch.cuda.current_device()
+
+    def direct(*args: Any) -> None:
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook  # None, a function, or a chain of them
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            return general(*args)
+        launch(
+            *grid,
+            current_stream(device),
+            function,
+            cooperative,
+            dependent,
+            None,
+            None,
+            metadata,
+            None,
+            None,
+            None,
+            *args,
+        )
+        return None
+
+    return direct
 
 
 class Plan:
@@ -99,9 +143,20 @@ class Plan:
 
     def numbers(self) -> tuple:
         """What all kernels but the small ones take behind their strides of q, k, v, dout and ranges."""
-        return (*self.other_strides, self.scale, self.softcap, self.keep_scale, self.hq, self.hq // self.hkv, self.sq, self.sk)
+        return (
+            *self.other_strides,
+            self.scale,
+            self.softcap,
+            self.keep_scale,
+            self.hq,
+            self.hq // self.hkv,
+            self.sq,
+            self.sk,
+        )
 
-    def variant(self, kind: str, config: Config | None = None, *, tma: bool = True, weight_grad: bool = False) -> tuple[Features, Config]:
+    def variant(
+        self, kind: str, config: Config | None = None, *, tma: bool = True, weight_grad: bool = False
+    ) -> tuple[Features, Config]:
         """The features and configuration of kernel ``kind``; ``config`` overrides the table."""
         tma = tma and self.tma
         wide = self.dtype == torch.float32
@@ -116,15 +171,23 @@ class Plan:
         return f, config
 
 
-def features(config: Config, d: int, dv: int, flags: tuple, *, atomic=False, weight_grad=False, head_loop=False, precision="ieee") -> Features:
+def features(
+    config: Config,
+    d: int,
+    dv: int,
+    flags: tuple[bool, ...],
+    *,
+    atomic: bool = False,
+    weight_grad: bool = False,
+    head_loop: bool = False,
+    precision: str = "ieee",
+) -> Features:
     """The kernel variant that a configuration and a call's flags (in the order of FLAGS) describe."""
-    named = dict(zip(FLAGS, flags, strict=True))
+    named: dict[str, Any] = dict(zip(FLAGS, flags, strict=True))
     altered = named["HAS_BIAS"] or named["HAS_WEIGHT"]
-    return Features(
-        d, dv, split_head_dim(d), split_head_dim(dv), config.block_m, config.block_n, *flags,
-        TMA=config.tma, ATOMIC_DQ=atomic, WEIGHT_GRAD=weight_grad, HEAD_LOOP=head_loop, PRECISION=precision,
-        PLAIN=not (altered or named["HAS_ALIBI"] or named["HAS_SOFTCAP"]), MAY_EMPTY=altered,
-    )  # fmt: skip
+    named.update(TMA=config.tma, ATOMIC_DQ=atomic, WEIGHT_GRAD=weight_grad, HEAD_LOOP=head_loop, PRECISION=precision)
+    named.update(PLAIN=not (altered or named["HAS_ALIBI"] or named["HAS_SOFTCAP"]), MAY_EMPTY=altered)
+    return Features(d, dv, split_head_dim(d), split_head_dim(dv), config.block_m, config.block_n, **named)
 
 
 _kept: dict[tuple, Plan] = {}
@@ -142,6 +205,7 @@ def plan_of(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None) 
         torch.backends.cuda.matmul.allow_tf32 if q.dtype == torch.float32 else None,
         tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in spec[:7]]),
         None if varlen is None else (varlen[0].shape, varlen[2:]),
+        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,  # decides whether descriptors may be used
     )  # fmt: skip
     plan = _kept.get(key)
     if plan is None:

@@ -26,7 +26,7 @@ class Config(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **extra}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def architecture(device: torch.device) -> str:
     """The table's row for a device: "sm80" (also 86, 89), "sm90", "sm100" (and later), "gfx942", "interpreter"."""
     if device.type == "cpu":
@@ -43,14 +43,13 @@ def architecture(device: torch.device) -> str:
     return "sm80" if (major, minor) == (8, 0) else "sm86"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def lookup(kind: str, arch: str, wide: bool, head_dim: int, features: str = "") -> Config:
     """The configuration of kernel ``kind`` ("fwd", "dkdv", "fused", "dq", "dbias").
 
     ``wide`` is float32 input; ``head_dim`` the larger of D and Dv; ``features`` "tma" or "" (the pointer form).
     """
-    rows = TABLE[arch] if arch in TABLE else TABLE["sm80"]
-    table = rows["wide" if wide else "half"]
+    table: dict[str, list[tuple[int, ...]]] = TABLE[arch]["wide" if wide else "half"]
     options = table.get(f"{kind}+{features}") if features else None
     options = options or table[kind]
     for limit, block_m, block_n, num_warps, num_stages, *registers in options:

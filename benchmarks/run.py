@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import platform
 import re
 import shlex
@@ -231,8 +232,13 @@ def driver_version() -> str | None:
 
 
 def commit() -> str | None:
-    """The checked-out commit, "-dirty" if files that are measured differ from it; None outside a repository."""
+    """The checked-out commit, "-dirty" if files that are measured differ from it; None outside a repository.
+
+    A copy of the tree without its repository says which commit it is in the environment variable BENCHMARK_COMMIT.
+    """
     here = Path(__file__).parent.parent
+    if os.environ.get("BENCHMARK_COMMIT"):
+        return os.environ["BENCHMARK_COMMIT"]
     try:
         head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=here, text=True, stderr=subprocess.DEVNULL)
         changed = subprocess.check_output(

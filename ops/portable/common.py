@@ -63,6 +63,11 @@ def split_head_dim(d: int) -> tuple[int, ...]:
     return tuple(parts)
 
 
+def pad_head_dim(d: int) -> int:
+    """The power of two, at least 16, that holds ``d``."""
+    return max(MIN_PART, 1 << (d - 1).bit_length())
+
+
 @triton.constexpr_function
 def part_width(parts, i):
     return parts[i]

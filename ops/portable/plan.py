@@ -15,7 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from ..spec import Spec, Varlen, dropout_threshold
 from ..tuning import Config, architecture, lookup
-from .common import Features, split_head_dim
+from .common import Features, pad_head_dim, split_head_dim
 from .forward import attn_fwd_kernel
 
 INTERPRETED = isinstance(attn_fwd_kernel, InterpretedFunction)  # kernels run in Triton's interpreter, on CPU tensors
@@ -154,6 +154,18 @@ class Plan:
             self.sk,
         )
 
+    def may_split(self, config: Config) -> bool:
+        """Whether head dims may be held in parts.
+
+        With Triton 3.6 on an H100, a loop that is not software-pipelined gives a wrong first part (D 100 with Dv 40;
+        D 64 with Dv 40 and one stage), while every pipelined one is right. So there parts are for loops that are sure
+        to be pipelined: rows of multiples of 16, two stages, and no mask that a load depends on.
+        """
+        if self.arch not in ("sm90", "sm100"):
+            return True
+        loose = self.flags[-1] or self.packed
+        return self.d % 16 == 0 and self.dv % 16 == 0 and config.num_stages > 1 and not loose
+
     def variant(
         self, kind: str, config: Config | None = None, *, tma: bool = True, weight_grad: bool = False
     ) -> tuple[Features, Config]:
@@ -166,6 +178,7 @@ class Plan:
         f = features(
             config._replace(tma=config.tma and tma), self.d, self.dv, self.flags, atomic=kind == "fused",
             weight_grad=weight_grad, head_loop=own_ranges and kind in ("dkdv", "fused"),
+            split=self.may_split(config),
             precision="tf32" if wide and torch.backends.cuda.matmul.allow_tf32 else "ieee",
         )  # fmt: skip
         return f, config
@@ -180,14 +193,19 @@ def features(
     atomic: bool = False,
     weight_grad: bool = False,
     head_loop: bool = False,
+    split: bool = True,
     precision: str = "ieee",
 ) -> Features:
-    """The kernel variant that a configuration and a call's flags (in the order of FLAGS) describe."""
+    """The kernel variant that a configuration and a call's flags (in the order of FLAGS) describe.
+
+    ``split`` holds a head dim that is no power of two in parts; else it is padded to the next one.
+    """
     named: dict[str, Any] = dict(zip(FLAGS, flags, strict=True))
     altered = named["HAS_BIAS"] or named["HAS_WEIGHT"]
     named.update(TMA=config.tma, ATOMIC_DQ=atomic, WEIGHT_GRAD=weight_grad, HEAD_LOOP=head_loop, PRECISION=precision)
     named.update(PLAIN=not (altered or named["HAS_ALIBI"] or named["HAS_SOFTCAP"]), MAY_EMPTY=altered)
-    return Features(d, dv, split_head_dim(d), split_head_dim(dv), config.block_m, config.block_n, **named)
+    parts, dv_parts = (split_head_dim(n) if split else (pad_head_dim(n),) for n in (d, dv))
+    return Features(d, dv, parts, dv_parts, config.block_m, config.block_n, **named)
 
 
 _kept: dict[tuple, Plan] = {}

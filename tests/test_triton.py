@@ -1,0 +1,124 @@
+"""The Triton kernels on calls that once went wrong, on both forms of the backward, and the launch plans around them.
+
+Interpreted on the CPU, real on a GPU. The drawn cases are in test_property.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Case, check_results, make_inputs, run_case
+
+pytest.importorskip("triton")
+
+from hf_flash_mc.ops.portable import launch, plan
+from hf_flash_mc.ops.portable.common import split_head_dim
+from hf_flash_mc.ops.spec import Needs, Spec
+from hf_flash_mc.ops.tuning import Config
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not plan.INTERPRETED, reason="needs a GPU, or TRITON_INTERPRET=1 before triton is imported"
+)
+BF16, FP16 = torch.bfloat16, torch.float16
+
+ONCE_WRONG = {
+    "softcap's slope of a NaN key reached dK": Case(
+        dtype=FP16, Hq=4, Sq=2, Sk=15, D=37, causal=True, window=(5, None), softcap=2.0, sinks=True, dlse=True,
+        strides="sliced", poison=True, seed=534,
+    ),
+    "a lone sink lost bits in lse, so its row was not known to be blind": Case(
+        Sq=70, Sk=7, D=1, window=(40, 1), sinks=True, poison=True, seed=178
+    ),
+    "the same under a mask and dropout": Case(
+        Sq=57, Sk=17, D=2, Dv=1, mask="bq", softcap=2.0, sinks=True, dropout_p=0.1, dropout_offsets=(1, 2, 300, 37),
+        dlse=True, poison=True, seed=2055,
+    ),
+    "a hostile lower bound overflowed when rounded up to a tile": Case(
+        dtype=BF16, B=3, Hq=4, Sq=2, Sk=1, D=24, Dv=1, key_ranges="hostile", ranges_shape="bh", softcap=10.0, dlse=True,
+        strides="expanded", poison=True, seed=9100,
+    ),
+    "D 100 with Dv 40, held in parts, lost the first part on an H100": Case(
+        dtype=BF16, Hq=4, Sq=1, Sk=66, D=100, Dv=40, key_log_weight="h-", strides="lastdim", poison=True, seed=95
+    ),
+    "ranges with holes between rows": Case(Sq=70, Sk=70, key_ranges="random", ranges_shape="h", poison=True, seed=5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ONCE_WRONG.values(), ids=ONCE_WRONG.keys())
+def test_once_wrong(case: Case) -> None:
+    run_case(case, "triton", DEVICE)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(Hq=4, Sq=45, Sk=37, D=40, causal=True, dlse=True),
+        Case(Hq=4, key_ranges="packed", ranges_shape="h", poison=True),
+        Case(key_log_weight="h-", softcap=5.0, dropout_p=0.2, poison=True),
+        Case(varlen=((5, 9), (0, 3), (33, 17)), causal=True, sinks=True, poison=True),
+    ],
+    ids=lambda c: f"{c.Sq}x{c.Sk}-{c.key_ranges or c.key_log_weight or c.varlen or 'causal'}",
+)
+def test_fused_backward(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dQ by atomics, which no table chooses, gives the same gradients."""
+    monkeypatch.setenv("HF_FLASH_MC_BACKWARD", "fused")
+    run_case(case, "triton", DEVICE)
+
+
+def test_deterministic_backward_ignores_the_fused_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_FLASH_MC_BACKWARD", "fused")
+    monkeypatch.setattr(launch, "attn_bwd_finish", None)  # the fused form ends with it
+    inputs = make_inputs(Case(), DEVICE)
+    call = (inputs.q, inputs.k, inputs.v)
+    out, lse = launch.forward(*call, inputs.spec)
+    found = launch.backward(inputs.dout, None, *call, out, lse, inputs.spec, Needs(), True)
+    assert found.dq is not None
+    assert found.dq.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("d", "parts"),
+    [(1, (16,)), (40, (32, 16)), (80, (64, 16)), (96, (64, 32)), (112, (64, 32, 16)), (192, (128, 64)), (256, (256,))],
+)  # fmt: skip
+def test_head_dim_parts(d: int, parts: tuple[int, ...]) -> None:
+    """Powers of two from 16 up that cover D, without padding to the next power."""
+    assert split_head_dim(d) == parts
+
+
+def test_plans_follow_the_signature() -> None:
+    """Equal signatures share a plan; other strides, numbers or a tensor more do not."""
+    q = torch.randn(1, 2, 33, 16, device=DEVICE)
+    first = plan.plan_of(q, q, q, Spec(causal=True), None)
+    assert plan.plan_of(q.clone(), q, q, Spec(causal=True), None) is first
+    others = [
+        plan.plan_of(q.transpose(1, 2).contiguous().transpose(1, 2), q, q, Spec(causal=True), None),
+        plan.plan_of(q, q, q, Spec(causal=True, scale=0.5), None),
+        plan.plan_of(q, q, q, Spec(causal=True, sinks=torch.zeros(2, device=DEVICE)), None),
+    ]
+    assert all(p is not first for p in others)
+    assert len({id(p) for p in others}) == 3
+
+
+def test_any_tile_size_gives_the_same_values() -> None:
+    """The table decides speed alone."""
+    case = Case(Sq=45, Sk=70, D=24, causal=True, key_ranges="padded", dlse=True)
+    inputs = make_inputs(case, DEVICE)
+    call = (inputs.q, inputs.k, inputs.v)
+    for m, n in ((16, 32), (64, 16)):
+        config = Config(m, n, 4, 1)
+        configs = dict.fromkeys(("fwd", "dkdv", "dq"), config)
+        out, lse = launch.forward(*call, inputs.spec, configs=configs)
+        found = launch.backward(inputs.dout, inputs.dlse, *call, out, lse, inputs.spec, Needs(), True, configs=configs)
+        grads = {"dq": found.dq, "dk": found.dk, "dv": found.dv}
+        check_results({"out": out, "lse": lse, **grads}, inputs, case, f"tiles {m} x {n}")
+
+
+def test_misaligned_pointers_after_aligned_ones() -> None:
+    """A kernel compiled for aligned pointers is kept, and must not run on others."""
+    memory = torch.randn(4 * 33 * 16 + 1, device=DEVICE)
+    for shift in (0, 0, 1):
+        x = memory[shift : shift + 33 * 16].view(1, 1, 33, 16)
+        out, _ = launch.forward(x, x, x, Spec())
+        logits = (x.double() @ x.double().transpose(-1, -2)) * 16**-0.5
+        torch.testing.assert_close(out.double(), logits.softmax(-1) @ x.double(), rtol=0, atol=1e-5)

@@ -298,8 +298,8 @@ def _nobody_watches(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and type(k) in _PLAIN
         and type(v) in _PLAIN
         and not torch._C._len_torch_dispatch_stack()
-        and q.device.type != "meta"
-        and not torch.is_autocast_enabled(q.device.type)
+        and not torch._C._is_any_autocast_enabled()
+        and not q.is_meta
     )
 
 

@@ -67,29 +67,39 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+Layout = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
+
+
+def bshd_layout(shape: tuple[int, ...], head_dim: int) -> Layout:
+    """[B, H, S, head_dim] on [B, S, H, head_dim] memory; 3-D (varlen) is contiguous."""
+    if len(shape) == 3:
+        t, h, _ = shape
+        return (t, h, head_dim), (h * head_dim, head_dim, 1)
+    b, h, s, _ = shape
+    return (b, h, s, head_dim), (s * h * head_dim, head_dim, h * head_dim, 1)
+
+
+def lse_layout(q_shape: tuple[int, ...]) -> Layout:
+    """[B, Hq, Sq], or [Hq, Tq] for packed sequences; contiguous."""
+    if len(q_shape) == 3:
+        t, h, _ = q_shape
+        return (h, t), (t, 1)
+    b, h, s, _ = q_shape
+    return (b, h, s), (h * s, s, 1)
+
+
 def new_bshd(like: Tensor, head_dim: int | None = None) -> Tensor:
-    """Empty [B, H, S, D] tensor on [B, S, H, D] memory, whatever the strides of ``like``; 3-D (varlen) is contiguous.
+    """Empty tensor of ``like``'s sizes (``head_dim`` last) on [B, S, H, D] memory, whatever the strides of ``like``.
 
     Real kernels and fakes make every output here, so their strides always agree; and transformers'
     ``transpose(1, 2).contiguous()`` on the result is free.
     """
-    if like.dim() == 3:
-        t, h, d = like.shape
-        d = d if head_dim is None else head_dim
-        return like.new_empty_strided((t, h, d), (h * d, d, 1))
-    b, h, s, d = like.shape
-    d = d if head_dim is None else head_dim
-    return like.new_empty_strided((b, h, s, d), (s * h * d, d, h * d, 1))
+    return like.new_empty_strided(*bshd_layout(like.shape, like.shape[-1] if head_dim is None else head_dim))
 
 
 def new_lse(q: Tensor) -> Tensor:
-    """Empty lse: [B, Hq, Sq], or [Hq, Tq] for packed sequences; contiguous."""
-    dtype = accumulate_dtype(q.dtype)
-    if q.dim() == 3:
-        t, h, _ = q.shape
-        return q.new_empty_strided((h, t), (t, 1), dtype=dtype)
-    b, h, s, _ = q.shape
-    return q.new_empty_strided((b, h, s), (h * s, s, 1), dtype=dtype)
+    """Empty lse for ``q``."""
+    return q.new_empty_strided(*lse_layout(q.shape), dtype=accumulate_dtype(q.dtype))
 
 
 def dropout_threshold(p: float) -> int:

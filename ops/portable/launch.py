@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..spec import Gradients, Needs, Spec, Varlen, new_bshd, new_lse
+from ..spec import Gradients, Needs, Spec, Varlen, new_bshd
 from ..tuning import Config
 from .backward import (
     attn_bwd_dkdv_kernel,
@@ -47,7 +47,7 @@ def _on_device(function: Any) -> Any:
 
     @functools.wraps(function)
     def call(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
+        if not first.is_cuda or first.get_device() == torch._C._cuda_getDevice():
             return function(first, *args, **kwargs)
         with torch.cuda.device(first.device):
             return function(first, *args, **kwargs)
@@ -59,16 +59,21 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _contiguous_rows(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor, Spec]:
-    """Copies of what the kernels cannot stride through: only the last dimension must be contiguous."""
-    ranges, weight, slopes = spec.key_ranges, spec.key_log_weight, spec.alibi_slopes
-    if ranges is not None:
-        spec = spec._replace(key_ranges=_rows(ranges))
-    if weight is not None:
-        spec = spec._replace(key_log_weight=_rows(weight))
-    if slopes is not None:
-        spec = spec._replace(alibi_slopes=_rows(slopes))
-    return _rows(q), _rows(k), _rows(v), spec
+def _planned(
+    q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None
+) -> tuple[Plan, Tensor, Tensor, Tensor, Spec]:
+    """The plan, after copies of what the kernels cannot stride through: only the last dimension must be contiguous."""
+    plan = plan_of(q, k, v, spec, varlen)
+    if plan.needs_copies:
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        ranges, weight, slopes = spec.key_ranges, spec.key_log_weight, spec.alibi_slopes
+        spec = spec._replace(
+            key_ranges=None if ranges is None else _rows(ranges),
+            key_log_weight=None if weight is None else _rows(weight),
+            alibi_slopes=None if slopes is None else _rows(slopes),
+        )
+        plan = plan_of(q, k, v, spec, varlen)
+    return plan, q, k, v, spec
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
@@ -96,8 +101,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None = None, configs: Configs | None = None
 ) -> tuple[Tensor, Tensor]:
     """out and lse. ``configs`` overrides the tuning table, by kernel."""
-    q, k, v, spec = _contiguous_rows(q, k, v, spec)
-    plan = plan_of(q, k, v, spec, varlen)
+    plan, q, k, v, spec = _planned(q, k, v, spec, varlen)
     config = configs.get("fwd") if configs else None
     found = plan.launches.get(("fwd", config))
     if found is None:
@@ -106,7 +110,7 @@ def forward(
         numbers = (*plan.qs, *plan.ks, *plan.vs, *plan.ranges_strides, *plan.numbers(), plan.max_q, tiles, *plan.tail)
         found = plan.launches["fwd", config] = Launch(attn_fwd_kernel, grid, numbers, (f,), config_used), f
     launch, f = found
-    out, lse = new_bshd(q, plan.dv), new_lse(q)
+    out, lse = q.new_empty_strided(*plan.out_layout), q.new_empty_strided(*plan.lse_layout, dtype=torch.float32)
     if varlen is not None:  # rows outside every sequence
         out.zero_()
         lse.fill_(float("-inf"))
@@ -121,9 +125,8 @@ def backward(
 ) -> Gradients:  # fmt: skip
     """The gradients that ``needs`` names. ``configs`` overrides the tuning table, by kernel; naming "fused" takes
     that form wherever the call need not be deterministic."""
-    q, k, v, spec = _contiguous_rows(q, k, v, spec)
+    plan, q, k, v, spec = _planned(q, k, v, spec, varlen)
     dout, out = _rows(dout), _rows(out)
-    plan = plan_of(q, k, v, spec, varlen)
     step = _Backward(plan, q, k, v, spec, varlen, dout, configs or {})
     dsinks = step.prepare(dlse, out, lse)
     weight_needed = needs.dkey_log_weight and spec.key_log_weight is not None

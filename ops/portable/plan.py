@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from ..spec import Spec, Varlen, dropout_threshold
+from ..spec import Spec, Varlen, bshd_layout, dropout_threshold, lse_layout
 from ..tuning import Config, architecture, lookup
 from .common import Features, pad_head_dim, split_head_dim
 from .forward import attn_fwd_kernel
@@ -134,6 +134,9 @@ class Plan:
             and spec.key_log_weight is None and self.d in sizes and self.dv in sizes
             and all(tma_can_read(x) for x in (q, k, v))
         )  # fmt: skip
+        rows = (q, k, v, spec.key_ranges, spec.key_log_weight, spec.alibi_slopes)
+        self.needs_copies = any(t is not None and t.stride(-1) != 1 and t.shape[-1] != 1 for t in rows)
+        self.out_layout, self.lse_layout = bshd_layout(q.shape, self.dv), lse_layout(q.shape)
         self.launches: dict[Any, Any] = {}
 
     def grid(self, rows: int, length: int, heads: int) -> tuple[int, int]:

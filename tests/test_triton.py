@@ -12,7 +12,7 @@ from helpers import Case, check_results, make_inputs, run_case
 pytest.importorskip("triton")
 
 from hf_flash_mc.ops.portable import launch, plan
-from hf_flash_mc.ops.portable.common import split_head_dim
+from hf_flash_mc.ops.portable.common import narrow_parts, split_head_dim
 from hf_flash_mc.ops.spec import Needs, Spec
 from hf_flash_mc.ops.tuning import Config
 
@@ -84,6 +84,14 @@ def test_deterministic_backward_ignores_the_fused_form(monkeypatch: pytest.Monke
 def test_head_dim_parts(d: int, parts: tuple[int, ...]) -> None:
     """Powers of two from 16 up that cover D, without padding to the next power."""
     assert split_head_dim(d) == parts
+
+
+@pytest.mark.parametrize("d", [1, 16, 31, 33, 48, 80, 96, 100, 256])
+def test_float32_parts_cover_the_head_dim(d: int) -> None:
+    """Parts of 32 and one of 16 at most, with less than 16 columns to spare."""
+    parts = narrow_parts(d)
+    assert set(parts[:-1]) <= {32}
+    assert 0 <= sum(parts) - d < 16
 
 
 def test_plans_follow_the_signature() -> None:

@@ -6,6 +6,7 @@ a model, every step of a training run) costs a dictionary look-up and the launch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from ..spec import Spec, Varlen, bshd_layout, dropout_threshold, lse_layout
 from ..tuning import Config, architecture, lookup
-from .common import Features, pad_head_dim, split_head_dim
+from .common import Features, narrow_parts, pad_head_dim, split_head_dim
 from .forward import attn_fwd_kernel
 
 INTERPRETED = isinstance(attn_fwd_kernel, InterpretedFunction)  # kernels run in Triton's interpreter, on CPU tensors
@@ -178,12 +179,22 @@ class Plan:
         if config is None:
             config = lookup(kind, self.arch, wide, max(self.d, self.dv), "tma" if tma else "")
         own_ranges = self.ranges_shape is not None and self.ranges_shape[-3] > 1 and self.hq != self.hkv
+        precision = "tf32" if wide and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        if wide and precision == "ieee":
+            cut = narrow_parts
+        else:
+            cut = split_head_dim if self.may_split(config) else lambda d: (pad_head_dim(d),)
         f = features(
-            config._replace(tma=config.tma and tma), self.d, self.dv, self.flags, atomic=kind == "fused",
-            weight_grad=weight_grad, head_loop=own_ranges and kind in ("dkdv", "fused"),
-            split=self.may_split(config),
-            precision="tf32" if wide and torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        )  # fmt: skip
+            config._replace(tma=config.tma and tma),
+            self.d,
+            self.dv,
+            self.flags,
+            atomic=kind == "fused",
+            weight_grad=weight_grad,
+            head_loop=own_ranges and kind in ("dkdv", "fused"),
+            cut=cut,
+            precision=precision,
+        )
         return f, config
 
 
@@ -196,19 +207,18 @@ def features(
     atomic: bool = False,
     weight_grad: bool = False,
     head_loop: bool = False,
-    split: bool = True,
+    cut: Callable[[int], tuple[int, ...]] = split_head_dim,
     precision: str = "ieee",
 ) -> Features:
     """The kernel variant that a configuration and a call's flags (in the order of FLAGS) describe.
 
-    ``split`` holds a head dim that is no power of two in parts; else it is padded to the next one.
+    ``cut`` says in what parts a head dim is held.
     """
     named: dict[str, Any] = dict(zip(FLAGS, flags, strict=True))
     altered = named["HAS_BIAS"] or named["HAS_WEIGHT"]
     named.update(TMA=config.tma, ATOMIC_DQ=atomic, WEIGHT_GRAD=weight_grad, HEAD_LOOP=head_loop, PRECISION=precision)
     named.update(PLAIN=not (altered or named["HAS_ALIBI"] or named["HAS_SOFTCAP"]), MAY_EMPTY=altered)
-    parts, dv_parts = (split_head_dim(n) if split else (pad_head_dim(n),) for n in (d, dv))
-    return Features(d, dv, parts, dv_parts, config.block_m, config.block_n, **named)
+    return Features(d, dv, cut(d), cut(dv), config.block_m, config.block_n, **named)
 
 
 _kept: dict[tuple, Plan] = {}

@@ -1,0 +1,36 @@
+"""MegaContext: a long history on disk as a tree of gists, and a bounded working context that a model attends to.
+
+The names are loaded when they are first used: the data structures need neither transformers nor a model.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "AllocatorState": "allocator",
+    "BudgetError": "working_context",
+    "Change": "working_context",
+    "Edits": "working_context",
+    "Entry": "working_context",
+    "FileStore": "store",
+    "FocusAllocator": "allocator",
+    "InvariantError": "working_context",
+    "MegaContextConfig": "config",
+    "MegaContextTree": "tree",
+    "MemoryStore": "store",
+    "Store": "store",
+    "StoreError": "store",
+    "WorkingContext": "working_context",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -3,6 +3,8 @@
     compute-sanitizer --tool memcheck --error-exitcode 1 python -m benchmarks.sanitize
     compute-sanitizer --tool racecheck --error-exitcode 1 python -m benchmarks.sanitize --quick
 
+    for i in $(seq 0 15); do compute-sanitizer ... python -m benchmarks.sanitize --shard $i/16 & done; wait
+
 Hostile means key_ranges and cu_seqlens far outside the tensors, negative, reversed and not monotonic: the kernels must
 clamp them. Tensors are exact slices of their allocations, so that a step outside is one the sanitizer sees. Set
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 (done here) so that every tensor has an allocation of its own.
@@ -85,33 +87,43 @@ def run(name: str, call: Callable[..., Any], qkv: tuple[Tensor, ...], options: d
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape and two head dims")
+    parser.add_argument("--shard", default="0/1", help="I/N: the I-th of every N kinds of call (default 0/1, all)")
     parser.add_argument("--impl", default="triton", help="the back end (default triton)")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(arguments)
     device, count = options.device, 0
+    mine, shards = (int(n) for n in options.shard.split("/"))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     shapes, head_dims = (DENSE[1:2], HEAD_DIMS[1:3]) if options.quick else (DENSE, HEAD_DIMS)
-    for b, hq, hkv, sq, sk in shapes:
-        for d, dv in head_dims:
+    queries, keys = (sum(n) for n in LENGTHS)
+    kinds = len(list(dense_options(*DENSE[0], device)))
+    for n, (d, dv) in enumerate(head_dims):
+        for b, hq, hkv, sq, sk in shapes:
             sizes = ((b, sq, hq, d), (b, sk, hkv, d), (b, sk, hkv, dv))
             qkv = tuple(torch.randn(*s, device=device, dtype=dtype).transpose(1, 2) for s in sizes)
-            for name, extra in dense_options(b, hq, hkv, sq, sk, device):
+            for i, (name, extra) in enumerate(dense_options(b, hq, hkv, sq, sk, device)):
+                if (n * kinds + i) % shards != mine:  # a shard keeps its kernels for all shapes
+                    continue
                 for deterministic in (False, True):
                     run(name, flash_attention, qkv, {**extra, "impl": options.impl}, deterministic)
                     count += 1
-            print(f"dense B{b} H{hq}/{hkv} S{sq}x{sk} D{d}/{dv}: {count} calls", flush=True)
-    queries, keys = (sum(n) for n in LENGTHS)
-    for d, dv in head_dims:
         sizes = ((queries, 4, d), (keys, 2, d), (keys, 2, dv))
         qkv = tuple(torch.randn(*s, device=device, dtype=dtype) for s in sizes)
-        for (name, cu_q), (_, cu_k) in zip(
-            hostile_lengths(4, queries, device), hostile_lengths(4, keys, device), strict=True
-        ):
-            packed = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": max(LENGTHS[0]), "max_seqlen_k": 64}
-            for extra in ({}, {"causal": True}, {"key_ranges": hostile_ranges(queries, device=device)}):
+        for i, extra in enumerate(({}, {"causal": True}, {"key_ranges": hostile_ranges(queries, device=device)})):
+            if (n * 3 + i) % shards != mine:
+                continue
+            for (name, cu_q), (_, cu_k) in zip(
+                hostile_lengths(4, queries, device), hostile_lengths(4, keys, device), strict=True
+            ):
+                packed = {
+                    "cu_seqlens_q": cu_q,
+                    "cu_seqlens_k": cu_k,
+                    "max_seqlen_q": max(LENGTHS[0]),
+                    "max_seqlen_k": 64,
+                }
                 run(name, flash_attention_varlen, qkv, {**packed, **extra, "impl": options.impl}, name == "true")
                 count += 1
-        print(f"packed D{d}/{dv}: {count} calls", flush=True)
+        print(f"D{d}/{dv}: {count} calls", flush=True)
     torch.use_deterministic_algorithms(False)
     print(f"{count} calls, forward and backward, came back")
     return 0

@@ -8,15 +8,13 @@ from .common import (
     backward_logits,
     backward_weights,
     dot_parts,
-    has_gaps,
+    head_terms,
     key_in_use,
     keys_seen,
     load_parts,
     load_tile,
     masked_start,
-    plan_tiles,
-    range_hull,
-    row_ranges,
+    query_tile,
     scale_parts,
     sequence_bounds,
     store_parts,
@@ -90,7 +88,6 @@ def attn_bwd_dq_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weig
                        window_left, window_right, threshold, off_b, off_h, off_m, off_n, F: tl.constexpr):  # fmt: skip
     """dQ of BLOCK_M rows. Grid: tiles * HQ * B."""
     BLOCK_M: tl.constexpr = F.BLOCK_M
-    BLOCK_N: tl.constexpr = F.BLOCK_N
     DV_PARTS: tl.constexpr = F.DV_PARTS
     D_PARTS: tl.constexpr = F.D_PARTS
     DV: tl.constexpr = F.DV
@@ -129,18 +126,10 @@ def attn_bwd_dq_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weig
 
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < sq
-    lo, hi = row_ranges(ranges_base, stride_rm, row, sq, sk, window_left, window_right, F)
-    first, last, full_lo, full_hi = range_hull(lo, hi, valid)
-    ALL_MASKED: tl.constexpr = F.HAS_MASK
-    plan = plan_tiles(first, last, full_lo, full_hi, BLOCK_N, ALL_MASKED)
-    gaps = has_gaps(ranges_base, stride_rm, row, lo, hi, sq, sk, window_left, window_right, F)
-    seen = (gaps, first, last, ranges_base, stride_rm, window_left, window_right)
-    slope = 0.0
-    if F.HAS_ALIBI:
-        slope = tl.load(slopes_ptr + b64 * stride_ab + head).to(tl.float32)
-    dropout = (0, 0, 0, 0, 0, 0)
-    if F.HAS_DROPOUT:
-        dropout = (tl.load(seed_ptr), head + off_h, batch + off_b, off_m, off_n, threshold)
+    lo, hi, plan, seen = query_tile(ranges_base, stride_rm, row, sq, sk, window_left, window_right, F)
+    slope, dropout = head_terms(
+        slopes_ptr, stride_ab, seed_ptr, batch, head, off_b, off_h, off_m, off_n, threshold, F
+    )  # fmt: skip
     q = load_parts(q_base, row, valid, stride_qm, D, D_PARTS, True)
     dout = load_parts(do_base, row, valid, stride_dm, DV, DV_PARTS, True)
     lse2 = tl.load(lse2_ptr + flat + row, mask=valid, other=float("inf"))

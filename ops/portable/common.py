@@ -73,11 +73,6 @@ def narrow_parts(d: int) -> tuple[int, ...]:
     return (32,) * full + ((MIN_PART if left <= MIN_PART else 32,) if left else ())
 
 
-def pad_head_dim(d: int) -> int:
-    """The power of two, at least 16, that holds ``d``."""
-    return max(MIN_PART, 1 << (d - 1).bit_length())
-
-
 @triton.constexpr_function
 def part_width(parts, i):
     return parts[i]
@@ -328,6 +323,30 @@ def masked_start(i, start, full_start, full_tiles, left, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def query_tile(ranges_ptr, stride_rm, row, sq, sk, window_left, window_right, F: tl.constexpr):
+    """How a tile of query rows walks its keys: each row's lo and hi, the plan of tiles, what ``keys_seen`` asks for."""
+    BLOCK_N: tl.constexpr = F.BLOCK_N
+    ALL_MASKED: tl.constexpr = F.HAS_MASK
+    lo, hi = row_ranges(ranges_ptr, stride_rm, row, sq, sk, window_left, window_right, F)
+    first, last, full_lo, full_hi = range_hull(lo, hi, row < sq)
+    plan = plan_tiles(first, last, full_lo, full_hi, BLOCK_N, ALL_MASKED)
+    gaps = has_gaps(ranges_ptr, stride_rm, row, lo, hi, sq, sk, window_left, window_right, F)
+    return lo, hi, plan, (gaps, first, last, ranges_ptr, stride_rm, window_left, window_right)
+
+
+@triton.jit
+def head_terms(slopes_ptr, stride_ab, seed_ptr, batch, head, off_b, off_h, off_m, off_n, threshold, F: tl.constexpr):
+    """This head's ALiBi slope, and what ``dropout_keep`` asks for."""
+    slope = 0.0
+    if F.HAS_ALIBI:
+        slope = tl.load(slopes_ptr + batch.to(tl.int64) * stride_ab + head).to(tl.float32)
+    dropout = (0, 0, 0, 0, 0, 0)
+    if F.HAS_DROPOUT:
+        dropout = (tl.load(seed_ptr), head + off_h, batch + off_b, off_m, off_n, threshold)
+    return slope, dropout
+
+
+@triton.jit
 def visible(lo, hi, col, row, mask_ptr, stride_mm, stride_mn, sq, sk, F: tl.constexpr):
     """Bool tile: may this row see this key? ``lo`` and ``hi`` broadcast like ``row``."""
     ok = (col >= lo) & (col < hi)
@@ -425,6 +444,30 @@ def softmax_step(s, m, l, SCALE_LOG2, F: tl.constexpr, CAREFUL: tl.constexpr):
         p = tl.math.exp2(s - safe[:, None])
     alpha = tl.math.exp2(m - safe)
     return p, new, l * alpha + tl.sum(p, 1), alpha
+
+
+@triton.jit
+def softmax_end(m, l, sink, F: tl.constexpr):
+    """lse, and l made safe to divide by, at the end of a row; with sinks m and l began with the sink."""
+    nothing = l == 0.0  # the row met no key: l is 0, or it holds the sink alone, and the accumulator is 0 either way
+    l_safe = tl.where(nothing, 1.0, l)
+    lse = tl.where(nothing, float("-inf"), (m + tl.math.log2(l_safe)) * LN2)
+    if F.HAS_SINKS:  # the sink alone: its own bits, by which the backward knows that the row saw nothing
+        lse = tl.where((l == 1.0) & (m == sink * LOG2E), sink, lse)
+    return lse, l_safe
+
+
+@triton.jit
+def sees_nothing(lse, sink, out, F: tl.constexpr):
+    """Which rows saw no key, from their lse and out (parts); with a sink, the keys they may have seen weigh below
+    2^-24 together."""
+    blind = lse == float("-inf")
+    if F.HAS_SINKS:
+        size = tl.sum(tl.abs(out[0].to(tl.float32)), 1)
+        for i in tl.static_range(1, len(F.DV_PARTS)):
+            size += tl.sum(tl.abs(out[i].to(tl.float32)), 1)
+        blind = blind | ((lse == sink) & (size == 0.0))
+    return blind
 
 
 @triton.jit

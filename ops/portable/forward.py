@@ -13,15 +13,13 @@ from .common import (
     accumulate_parts,
     dot_parts,
     dropout_keep,
-    has_gaps,
+    head_terms,
     key_in_use,
     keys_seen,
     load_parts,
     load_tile,
     masked_start,
-    plan_tiles,
-    range_hull,
-    row_ranges,
+    query_tile,
     scale_parts,
     sequence_bounds,
     softmax_step,
@@ -69,6 +67,8 @@ def _forward_tiles(acc, m, l, q, row, lo, hi, seen, k_ptr, v_ptr, k_desc, v_desc
                     use, gaps, first, last, ok, ranges_ptr, stride_rm, row, col, sq, sk, window_left, window_right, 0, F
                 )
         k = load_tile(k_ptr, k_desc, batch, head_k, n0, use, stride_kn, BLOCK_N, D, D_PARTS, CHECK, K_TMA)
+        # before the softmax, so that V does not come to lie where K was: see benchmarks/sass.py
+        v = load_tile(v_ptr, v_desc, batch, head_k, n0, use, stride_vn, BLOCK_N, DV, DV_PARTS, CHECK, TMA)
         s = dot_parts(q, k, D_PARTS, PRECISION)
         if not F.PLAIN:
             s, _ = tile_logits(
@@ -93,7 +93,6 @@ def _forward_tiles(acc, m, l, q, row, lo, hi, seen, k_ptr, v_ptr, k_desc, v_desc
             seed, head, index, off_m, off_n, threshold = dropout
             p = tl.where(dropout_keep(seed, row[:, None], col[None, :], head, index, off_m, off_n, threshold), p, 0.0)
         acc = scale_parts(acc, alpha, DV_PARTS)
-        v = load_tile(v_ptr, v_desc, batch, head_k, n0, use, stride_vn, BLOCK_N, DV, DV_PARTS, CHECK, TMA)
         acc = accumulate_parts(p, v, acc, DV_PARTS, PRECISION)
     return acc, m, l
 
@@ -105,8 +104,8 @@ _RUNTIME_INTS = [
 
 
 @triton.jit(do_not_specialize=_RUNTIME_INTS)
-def attn_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_ptr, slopes_ptr, sinks_ptr, seed_ptr,
-                    cu_q_ptr, cu_k_ptr, o_ptr, lse_ptr, k_desc, v_desc,
+def attn_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_ptr, slopes_ptr, seed_ptr, cu_q_ptr,
+                    cu_k_ptr, sinks_ptr, o_ptr, lse_ptr, k_desc, v_desc,
                     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
                     stride_rb, stride_rh, stride_rm, stride_mb, stride_mh, stride_mm, stride_mn,
                     stride_bb, stride_bh, stride_bm, stride_bn, stride_wb, stride_wh, stride_ab,
@@ -114,16 +113,14 @@ def attn_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_
                     off_b, off_h, off_m, off_n, F: tl.constexpr):  # fmt: skip
     """out and lse of BLOCK_M rows. Grid: tiles * HQ * B. For VARLEN, SQ and SK are the packed totals."""
     BLOCK_M: tl.constexpr = F.BLOCK_M
-    BLOCK_N: tl.constexpr = F.BLOCK_N
     DV_PARTS: tl.constexpr = F.DV_PARTS
     D_PARTS: tl.constexpr = F.D_PARTS
     DV: tl.constexpr = F.DV
     D: tl.constexpr = F.D
     pid = tl.program_id(0)
     tile = tiles - 1 - pid % tiles  # the longest causal rows first
-    bh = pid // tiles
-    batch = bh // HQ
-    head = bh % HQ
+    batch = pid // tiles // HQ
+    head = pid // tiles % HQ
     head_k = head // GROUP
     b64 = batch.to(tl.int64)
     h64 = head.to(tl.int64)
@@ -134,47 +131,29 @@ def attn_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_
         k_start, sk = sequence_bounds(cu_k_ptr, batch, SK, SK)
         if tile * BLOCK_M >= sq:
             return
-        q_base = q_ptr + q_start.to(tl.int64) * stride_qm
-        k_base = k_ptr + k_start.to(tl.int64) * stride_kn
-        v_base = v_ptr + k_start.to(tl.int64) * stride_vn
-        o_base = o_ptr + q_start.to(tl.int64) * o_stride
-        lse_base = lse_ptr + h64 * SQ + q_start
-        ranges_base = ranges_ptr + q_start.to(tl.int64) * stride_rm
-        weight_base = weight_ptr + k_start
+        q_first = q_start.to(tl.int64)
+        k_first = k_start.to(tl.int64)
+        flat = h64 * SQ + q_first
     else:
         sq = SQ
         sk = SK
-        q_base = q_ptr + b64 * stride_qb
-        k_base = k_ptr + b64 * stride_kb
-        v_base = v_ptr + b64 * stride_vb
-        o_base = o_ptr + b64 * SQ * o_stride
-        lse_base = lse_ptr + (b64 * HQ + head) * SQ
-        ranges_base = ranges_ptr + b64 * stride_rb
-        weight_base = weight_ptr + b64 * stride_wb
-    q_base += h64 * stride_qh
-    k_base += hk64 * stride_kh
-    v_base += hk64 * stride_vh
-    o_base += h64 * DV
-    ranges_base += h64 * stride_rh
-    weight_base += hk64 * stride_wh
+        q_first = b64 * SQ
+        k_first = b64 * SK
+        flat = (b64 * HQ + head) * SQ
+    q_base = q_ptr + h64 * stride_qh + (q_first * stride_qm if F.VARLEN else b64 * stride_qb)
+    k_base = k_ptr + hk64 * stride_kh + (k_first * stride_kn if F.VARLEN else b64 * stride_kb)
+    v_base = v_ptr + hk64 * stride_vh + (k_first * stride_vn if F.VARLEN else b64 * stride_vb)
+    weight_base = weight_ptr + hk64 * stride_wh + (k_first if F.VARLEN else b64 * stride_wb)
+    ranges_base = ranges_ptr + h64 * stride_rh + (q_first * stride_rm if F.VARLEN else b64 * stride_rb)
     mask_base = mask_ptr + b64 * stride_mb + h64 * stride_mh
     bias_base = bias_ptr + b64 * stride_bb + h64 * stride_bh
 
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < sq
-    lo, hi = row_ranges(ranges_base, stride_rm, row, sq, sk, window_left, window_right, F)
-    first, last, full_lo, full_hi = range_hull(lo, hi, valid)
-    ALL_MASKED: tl.constexpr = F.HAS_MASK
-    plan = plan_tiles(first, last, full_lo, full_hi, BLOCK_N, ALL_MASKED)
-
-    gaps = has_gaps(ranges_base, stride_rm, row, lo, hi, sq, sk, window_left, window_right, F)
-    seen = (gaps, first, last, ranges_base, stride_rm, window_left, window_right)
-    slope = 0.0
-    if F.HAS_ALIBI:
-        slope = tl.load(slopes_ptr + b64 * stride_ab + head).to(tl.float32)
-    dropout = (0, 0, 0, 0, 0, 0)
-    if F.HAS_DROPOUT:
-        dropout = (tl.load(seed_ptr), head + off_h, batch + off_b, off_m, off_n, threshold)
+    lo, hi, plan, seen = query_tile(ranges_base, stride_rm, row, sq, sk, window_left, window_right, F)
+    slope, dropout = head_terms(
+        slopes_ptr, stride_ab, seed_ptr, batch, head, off_b, off_h, off_m, off_n, threshold, F
+    )  # fmt: skip
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     if F.HAS_SINKS:
@@ -196,5 +175,6 @@ def attn_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_
     lse = tl.where(nothing, float("-inf"), (m + tl.math.log2(l_safe)) * LN2)
     if F.HAS_SINKS:  # the sink alone: its own bits, by which the backward knows that the row saw nothing
         lse = tl.where((l == 1.0) & (m == sink * LOG2E), sink, lse)
-    tl.store(lse_base + row, lse, mask=valid)
+    tl.store(lse_ptr + flat + row, lse, mask=valid)
+    o_base = o_ptr + q_first * o_stride + h64 * DV
     store_parts(o_base, row, valid, o_stride, scale_parts(acc, keep_scale / l_safe, DV_PARTS), DV, DV_PARTS)

@@ -88,12 +88,10 @@ def _descriptors(on: bool, a: Tensor, b: Tensor, rows: int) -> tuple:
 def _inputs(
     q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None, *more: Tensor | None
 ) -> list[Tensor | None]:
-    """The tensors every kernel takes, in its order."""
+    """The tensors every kernel takes, in its order, and ``more`` behind them."""
     cu_q, cu_k = (None, None) if varlen is None else varlen[:2]
-    ranges, mask, bias, weight, slopes, sinks, seed = spec[:7]
-    if more:
-        return [q, k, v, ranges, mask, bias, weight, slopes, seed, cu_q, cu_k, *more]
-    return [q, k, v, ranges, mask, bias, weight, slopes, sinks, seed, cu_q, cu_k]
+    ranges, mask, bias, weight, slopes, _, seed = spec[:7]
+    return [q, k, v, ranges, mask, bias, weight, slopes, seed, cu_q, cu_k, *more]
 
 
 @_on_device
@@ -114,7 +112,7 @@ def forward(
     if varlen is not None:  # rows outside every sequence
         out.zero_()
         lse.fill_(float("-inf"))
-    launch([*_inputs(q, k, v, spec, varlen), out, lse], _descriptors(f.TMA, k, v, f.BLOCK_N))
+    launch(_inputs(q, k, v, spec, varlen, spec.sinks, out, lse), _descriptors(f.TMA, k, v, f.BLOCK_N))
     return out, lse
 
 
@@ -151,9 +149,12 @@ def backward(
 def use_fused(configs: Configs) -> bool:
     """The fused form sums dQ by atomics, which on an H100 costs more than the two products it saves.
 
-    So it runs where asked: by ``configs``, or by the environment variable HF_FLASH_MC_BACKWARD=fused.
+    So it runs where asked: by ``configs``, or by the environment variable HF_FLASH_MC_BACKWARD ("split" or "fused").
     """
-    return "fused" in configs or os.environ.get("HF_FLASH_MC_BACKWARD") == "fused"
+    asked = os.environ.get("HF_FLASH_MC_BACKWARD", "split")
+    if asked not in ("split", "fused"):
+        raise ValueError(f'HF_FLASH_MC_BACKWARD: expected "split" or "fused", got {asked!r}')
+    return "fused" in configs or asked == "fused"
 
 
 class _Backward:

@@ -16,7 +16,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from ..spec import Spec, Varlen, bshd_layout, dropout_threshold, lse_layout
 from ..tuning import Config, architecture, lookup
-from .common import Features, narrow_parts, pad_head_dim, split_head_dim
+from .common import Features, narrow_parts, split_head_dim
 from .forward import attn_fwd_kernel
 
 INTERPRETED = isinstance(attn_fwd_kernel, InterpretedFunction)  # kernels run in Triton's interpreter, on CPU tensors
@@ -158,18 +158,6 @@ class Plan:
             self.sk,
         )
 
-    def may_split(self, config: Config) -> bool:
-        """Whether head dims may be held in parts.
-
-        With Triton 3.6 on an H100, a loop that is not software-pipelined gives a wrong first part (D 100 with Dv 40;
-        D 64 with Dv 40 and one stage), while every pipelined one is right. So there parts are for loops that are sure
-        to be pipelined: rows of multiples of 16, two stages, and no mask that a load depends on.
-        """
-        if self.arch not in ("sm90", "sm100"):
-            return True
-        loose = self.flags[-1] or self.packed
-        return self.d % 16 == 0 and self.dv % 16 == 0 and config.num_stages > 1 and not loose
-
     def variant(
         self, kind: str, config: Config | None = None, *, tma: bool = True, weight_grad: bool = False
     ) -> tuple[Features, Config]:
@@ -180,10 +168,7 @@ class Plan:
             config = lookup(kind, self.arch, wide, max(self.d, self.dv), "tma" if tma else "")
         own_ranges = self.ranges_shape is not None and self.ranges_shape[-3] > 1 and self.hq != self.hkv
         precision = "tf32" if wide and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-        if wide and precision == "ieee":
-            cut = narrow_parts
-        else:
-            cut = split_head_dim if self.may_split(config) else lambda d: (pad_head_dim(d),)
+        cut = narrow_parts if wide and precision == "ieee" else split_head_dim
         f = features(
             config._replace(tma=config.tma and tma),
             self.d,

@@ -1,0 +1,84 @@
+"""What a kernel's machine code (SASS, as nvdisasm prints it) says about the compiler's work.
+
+``unset_registers`` finds uniform registers that some path reads before anything wrote them. ptxas 12.8, which triton
+3.6 brings, makes such code: where a loop's first iteration is peeled and two matrix operands share an address in shared
+memory, it drops the copy of one operand's descriptor, and the matrix unit reads from wherever the register points.
+"""
+
+from __future__ import annotations
+
+import re
+
+_GUARD = re.compile(r"^@!?U?P\w+\s+")
+_UNIFORM = re.compile(r"UR(\d+)")
+_WIDE = ("UIADD3.64", "ULDC.64", "UIMAD.WIDE", "CS2UR")  # write a pair
+_WRITES_UNIFORM = ("R2UR", "S2UR", "CS2UR", "REDUX", "VOTEU")
+_WRITES_NOTHING = ("UTMA", "UBLK", "UCGABAR", "USETMAXREG")
+
+
+def unset_registers(listing: str) -> list[str]:
+    """The instructions of ``nvdisasm -c`` output that may read a uniform register which no instruction has set."""
+    code, labels = _instructions(listing)
+    if not code:
+        return []
+    known: list[frozenset[int] | None] = [None] * len(code)  # what is set before each instruction, on every path
+    known[0] = frozenset()
+    effects = [_effects(text) for text in code]
+    work = [0]
+    while work:
+        i = work.pop()
+        after = (known[i] or frozenset()) | effects[i][0]
+        for j in _successors(i, code, labels):
+            before = known[j]
+            joined = after if before is None else before & after
+            if joined != before:
+                known[j] = joined
+                work.append(j)
+    return [text for text, k, (_, read) in zip(code, known, effects, strict=True) if k is not None and read - k]
+
+
+def _instructions(listing: str) -> tuple[list[str], dict[str, int]]:
+    """The instructions in order, and where each label points."""
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label.group(1)] = len(code)
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
+            code.append(found.group(1).strip())
+    return code, labels
+
+
+def _effects(text: str) -> tuple[frozenset[int], frozenset[int]]:
+    """Uniform registers written (a guarded write counts) and read by an instruction; URZ is neither."""
+    body = _GUARD.sub("", text)
+    name, _, rest = body.partition(" ")
+    operands = [operand.strip() for operand in rest.split(",")]
+    writes = name.startswith(_WRITES_UNIFORM) or (name.startswith("U") and not name.startswith(_WRITES_NOTHING))
+    written: set[int] = set()
+    read: set[int] = set()
+    for i, operand in enumerate(operands):
+        for number in map(int, _UNIFORM.findall(operand)):
+            if i == 0 and writes:
+                written.update(range(number, number + (2 if name.startswith(_WIDE) else 1)))
+            elif operand.startswith("gdesc["):  # two descriptors, or the upper pair where A is in registers
+                both = operands[1].startswith("gdesc[")
+                read.update(range(number if both else number + 2, number + 4))
+            else:
+                pair = operand.startswith("desc[") or name == "UIADD3.64"
+                read.update(range(number, number + (2 if pair else 1)))
+    return frozenset(written), frozenset(read)
+
+
+def _successors(i: int, code: list[str], labels: dict[str, int]) -> list[int]:
+    body = _GUARD.sub("", code[i])
+    guarded = body != code[i]
+    name = body.split(" ", 1)[0]
+    following = [i + 1] if i + 1 < len(code) else []
+    if name.startswith(("EXIT", "RET")):
+        return following if guarded else []
+    if name.startswith(("BRA", "CALL", "BSYNC")) and (target := re.search(r"`\((\.L\w+)\)", body)):
+        goal = [labels[target.group(1)]] if target.group(1) in labels else []
+        stays = guarded or name.startswith("CALL") or re.search(r"^BRA\S*\s+!?U?P\d", body)
+        return goal + (following if stays else [])
+    return following

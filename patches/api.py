@@ -109,7 +109,7 @@ def patch_model(
     register()
     if isinstance(model, type):
         return _patched_class(model, options)
-    root = _find_root(model)
+    root = find_root(model)
     state: _State | None = getattr(root, "_mc_state", None)
     if state is not None:
         if state.options != options:
@@ -135,7 +135,7 @@ def unpatch_model(model: Any) -> Any:
         if "_mc_base" not in vars(model):
             raise ValueError(f"model: {model.__name__} is not a class that patch_model returned")
         return vars(model)["_mc_base"]
-    root = _find_root(model)
+    root = find_root(model)
     state: _State | None = getattr(root, "_mc_state", None)
     if state is None:
         raise ValueError(f"model: {type(root).__name__} is not patched")
@@ -160,7 +160,7 @@ def patched(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
 
     A model that is patched already stays so.
     """
-    mine = getattr(_find_root(model), "_mc_state", None) is None
+    mine = getattr(find_root(model), "_mc_state", None) is None
     patch_model(model, **options)
     try:
         yield model
@@ -171,7 +171,7 @@ def patched(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
 
 def patch_report(model: nn.Module) -> PatchReport:
     """What is patched in this model, what was skipped and why, and how often each attention module was called."""
-    root = _find_root(model)
+    root = find_root(model)
     state: _State | None = getattr(root, "_mc_state", None)
     if state is None:
         return PatchReport(model=type(root).__name__, patched=False)
@@ -188,7 +188,7 @@ def patch_report(model: nn.Module) -> PatchReport:
     )
 
 
-def _find_root(model: Any) -> PreTrainedModel:
+def find_root(model: Any) -> PreTrainedModel:
     """The one outermost PreTrainedModel inside a model or wrapper."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a transformers model or model class, got {type(model).__name__}")

@@ -89,7 +89,11 @@ def mc_attention(
         query = query.expand(key.shape[0], -1, -1, -1)
     q_length, kv_length = query.shape[2], key.shape[2]
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
-    visible = _read_mask(attention_mask, q_length, kv_length, causal, sliding_window)
+    slots = getattr(key, "slots", None)  # keys of a MegaContextCache know what may be seen: they are in no order
+    if slots is None:
+        visible = _read_mask(attention_mask, q_length, kv_length, causal, sliding_window)
+    else:
+        visible = slots.visibility(query, attention_mask)
     bias = visible.pop("bias", None)
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
@@ -100,7 +104,7 @@ def mc_attention(
         if visible["window"] is not None and q_length != kv_length:
             raise NotImplementedError("cu_seq_lens_q and cu_seq_lens_k that differ, together with a sliding window")
         visible["key_ranges"] = _ranges_of_sequences(cu_seq_lens_q, cu_k, q_length, visible.pop("causal"))
-    elif options.packing == "position_ids":
+    elif options.packing == "position_ids" and slots is None:
         visible["key_ranges"] = _ranges_of_positions(position_ids, visible, query.shape[0], q_length, kv_length)
     if s_aux is not None and s_aux.dtype not in (query.dtype, torch.float32):
         s_aux = s_aux.float()

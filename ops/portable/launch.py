@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..spec import Gradients, Needs, Spec, Varlen, new_bshd
 from ..tuning import Config
+from . import shapes
 from .backward import (
     attn_bwd_dkdv_kernel,
     attn_bwd_finish,
@@ -100,6 +101,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out and lse. ``configs`` overrides the tuning table, by kernel."""
     plan, q, k, v, spec = _planned(q, k, v, spec, varlen)
+    if configs is None and (family := shapes.choose(plan, "fwd")):
+        return shapes.forward(family, plan, q, k, v, spec)
     config = configs.get("fwd") if configs else None
     found = plan.launches.get(("fwd", config))
     if found is None:
@@ -125,6 +128,8 @@ def backward(
     that form wherever the call need not be deterministic."""
     plan, q, k, v, spec = _planned(q, k, v, spec, varlen)
     dout, out = _rows(dout), _rows(out)
+    if configs is None and (family := shapes.choose(plan, "bwd")):
+        return shapes.backward(family, plan, dout, dlse, q, k, v, out, lse, spec, needs)
     step = _Backward(plan, q, k, v, spec, varlen, dout, configs or {})
     dsinks = step.prepare(dlse, out, lse)
     weight_needed = needs.dkey_log_weight and spec.key_log_weight is not None

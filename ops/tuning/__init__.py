@@ -56,3 +56,14 @@ def lookup(kind: str, arch: str, wide: bool, head_dim: int, features: str = "") 
         if head_dim <= limit:
             return Config(block_m, block_n, num_warps, num_stages, features == "tma", *registers)
     raise ValueError(f"head_dim: expected at most {options[-1][0]} for the portable kernels, got {head_dim}")
+
+
+def find(kind: str, arch: str, wide: bool, head_dim: int) -> Config | None:
+    """``lookup``, or None where the table has no row: shapes with kernels of their own are those that have one.
+
+    Their kinds end in a size: "few_keys_fwd/32" serves up to 32 keys, "few_queries_bwd/16" up to 16 rows.
+    """
+    try:
+        return lookup(kind, arch, wide, head_dim)
+    except (KeyError, ValueError):
+        return None

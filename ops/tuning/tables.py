@@ -23,9 +23,51 @@ _WIDE: dict[str, list[tuple[int, ...]]] = {
 }
 _SMALL: dict[str, list[tuple[int, ...]]] = {kind: [(256, 32, 32, 4, 1)] for kind in _WIDE}
 
+# Shapes with kernels of their own (ops/portable/shapes.py): "/n" holds up to n keys ("few_keys") or n rows of a KV head
+# ("few_queries"), at least half as many beyond 16. BLOCK_M of few_keys is the most rows a tile has; with fewer rows the
+# warps shrink alike. BLOCK_M of few_queries may be more than the rows: 64 of them run on Hopper's matrix unit.
+_FEW_HALF: dict[str, list[tuple[int, ...]]] = {
+    "few_keys_fwd/16": [(128, 128, 16, 4, 1), (256, 64, 16, 4, 1)],
+    "few_keys_fwd/32": [(128, 128, 32, 4, 1), (256, 64, 32, 4, 1)],
+    "few_keys_fwd/64": [(64, 128, 64, 4, 1), (128, 128, 64, 8, 1)],
+    "few_keys_fwd/128": [(64, 128, 128, 8, 1), (128, 64, 128, 8, 1)],
+    "few_keys_bwd/16": [(64, 64, 16, 4, 2), (128, 64, 16, 4, 1), (256, 32, 16, 4, 1)],
+    "few_keys_bwd/32": [(64, 64, 32, 4, 1), (128, 64, 32, 4, 1)],
+    "few_keys_bwd/64": [(64, 64, 64, 4, 1), (128, 64, 64, 8, 1)],
+    "few_keys_bwd/128": [(64, 64, 128, 8, 1)],
+    "few_queries_fwd/16": [(64, 16, 64, 4, 3), (128, 16, 64, 4, 3), (256, 16, 32, 4, 2)],
+    "few_queries_fwd/32": [(64, 32, 64, 4, 3), (128, 32, 64, 4, 2), (256, 32, 32, 4, 2)],
+    "few_queries_fwd/64": [(64, 64, 64, 4, 3), (128, 64, 64, 4, 2), (256, 64, 32, 4, 2)],
+    "few_queries_bwd/16": [(64, 16, 64, 4, 2), (128, 16, 64, 4, 2), (256, 16, 32, 4, 1)],
+    "few_queries_bwd/32": [(64, 32, 64, 4, 2), (128, 32, 64, 4, 2), (256, 32, 32, 4, 1)],
+    "few_queries_bwd/64": [(64, 64, 64, 4, 2), (128, 64, 64, 8, 1)],
+}
+_FEW_WIDE: dict[str, list[tuple[int, ...]]] = {
+    "few_keys_fwd/16": [(128, 32, 16, 4, 1)],
+    "few_keys_fwd/32": [(128, 32, 32, 4, 1)],
+    "few_keys_bwd/16": [(128, 16, 16, 4, 1)],
+    "few_keys_bwd/32": [(128, 16, 32, 4, 1)],
+    "few_queries_fwd/16": [(128, 16, 32, 4, 1)],
+    "few_queries_fwd/32": [(128, 32, 32, 4, 1)],
+    "few_queries_bwd/16": [(128, 16, 32, 4, 1)],
+}
+# short lengths reach every family, and several splits
+_FEW_SMALL: dict[str, list[tuple[int, ...]]] = {
+    "few_keys_fwd/16": [(256, 16, 16, 4, 1)],
+    "few_keys_fwd/32": [(256, 64, 32, 4, 1)],
+    "few_keys_bwd/16": [(256, 16, 16, 4, 1)],
+    "few_keys_bwd/32": [(256, 16, 32, 4, 1)],
+    "few_queries_fwd/16": [(256, 16, 16, 4, 1)],
+    "few_queries_fwd/32": [(256, 64, 32, 4, 1)],
+    "few_queries_fwd/64": [(256, 64, 16, 4, 1)],
+    "few_queries_bwd/16": [(256, 16, 16, 4, 1)],
+    "few_queries_bwd/32": [(256, 32, 16, 4, 1)],
+    "few_queries_bwd/64": [(256, 64, 16, 4, 1)],
+}
+
 TABLE: dict[str, dict[str, dict[str, list[tuple[int, ...]]]]] = {
-    "sm80": {"half": _HALF_SM80, "wide": _WIDE},
-    "sm86": {"half": _HALF_SM80, "wide": _WIDE},
+    "sm80": {"half": _HALF_SM80 | _FEW_HALF, "wide": _WIDE | _FEW_WIDE},
+    "sm86": {"half": _HALF_SM80 | _FEW_HALF, "wide": _WIDE | _FEW_WIDE},
     "sm90": {
         "half": {
             "fwd": [(64, 64, 64, 4, 3), (128, 64, 64, 4, 3), (256, 128, 64, 8, 2)],
@@ -36,10 +78,11 @@ TABLE: dict[str, dict[str, dict[str, list[tuple[int, ...]]]]] = {
             "dq": [(64, 64, 64, 4, 3), (128, 128, 64, 8, 3), (256, 64, 32, 4, 1)],
             "dq+tma": [(64, 64, 64, 4, 3, 128), (128, 128, 64, 8, 3), (256, 128, 32, 8, 2)],
             "dbias": [(64, 64, 64, 4, 1), (128, 64, 64, 8, 1), (256, 32, 32, 4, 1)],
+            **_FEW_HALF,
         },
-        "wide": _WIDE,
+        "wide": _WIDE | _FEW_WIDE,
     },
-    "sm100": {"half": _HALF_SM80, "wide": _WIDE},
-    "gfx942": {"half": _HALF_SM80, "wide": _WIDE},
-    "interpreter": {"half": _SMALL, "wide": _SMALL},
+    "sm100": {"half": _HALF_SM80 | _FEW_HALF, "wide": _WIDE | _FEW_WIDE},
+    "gfx942": {"half": _HALF_SM80 | _FEW_HALF, "wide": _WIDE | _FEW_WIDE},
+    "interpreter": {"half": _SMALL | _FEW_SMALL, "wide": _SMALL | _FEW_SMALL},
 }

@@ -1,0 +1,175 @@
+"""What the MegaContext networks are made of: pre-norm blocks whose attention is ours and never causal."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_flash_mc.ops import flash_attention, merge_attention
+
+from .rope import rope_tables, rotate
+
+Settings = TypeVar("Settings")
+Tables = tuple[Tensor, Tensor]
+
+
+def read_settings(kind: type[Settings], given: Mapping[str, Any] | None, name: str) -> Settings:
+    """The dataclass ``kind`` from a dict of settings; ``name`` is the argument that errors speak of."""
+    given = dict(given or {})
+    fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(set(given) - fields):
+        raise ValueError(f"{name}: expected settings among {sorted(fields)}, got {unknown}; remove or rename them")
+    return kind(**given)
+
+
+def check_settings(name: str, problems: Mapping[str, bool]) -> None:
+    """Raise ValueError with every problem that is there."""
+    found = [text for text, wrong in problems.items() if wrong]
+    if found:
+        raise ValueError(f"{name}: " + "; ".join(found))
+
+
+def head_dim_of(width: int, head_dim: int | None) -> int:
+    """The head dim of a network: as given, else 128 for widths from 1024 and 64 below, where they divide the width."""
+    if head_dim is None:
+        wanted = (128, 64, 32) if width >= 1024 else (64, 32)
+        head_dim = next((d for d in wanted if width % d == 0), width if width <= 256 else 0)
+    if head_dim <= 0 or head_dim > 256 or head_dim % 2 or width % head_dim:
+        raise ValueError(
+            f"head_dim: expected an even divisor of the width {width}, at most 256, got {head_dim or None}; set it"
+        )
+    return head_dim
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Root-mean-square norm over the last dimension, without parameters."""
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+class Attention(nn.Module):
+    """Multi-head attention, non-causal, with normalised queries and keys; self (``context`` None) or cross.
+
+    Queries and keys are normalised before they are rotated: a norm after it would undo damped tables.
+    """
+
+    def __init__(self, width: int, head_dim: int, *, cross: bool = False):
+        super().__init__()
+        self.head_dim, self.heads = head_dim, width // head_dim
+        if cross:
+            self.query = nn.Linear(width, width, bias=False)
+            self.key_value = nn.Linear(width, 2 * width, bias=False)
+        else:
+            self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        tables: Tables | None = None,
+        context_tables: Tables | None = None,
+        chunks: int = 1,
+    ) -> Tensor:
+        """x ``[B, S, W]`` attends to itself, or to context ``[B, Sk, W]`` -> ``[B, S, W]``.
+
+        tables, context_tables: rotary tables ``[S, D]`` of the queries and of the context's keys; None for no rotation.
+        chunks: split the keys into that many parts that run side by side (few queries, many keys).
+        """
+        if context is None:
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)  # [B, S, H, D] each
+            context_tables = tables
+        else:
+            q = self.query(x).unflatten(-1, (self.heads, self.head_dim))
+            k, v = self.key_value(context).unflatten(-1, (2, self.heads, self.head_dim)).unbind(2)
+        q, k = _placed(rms_norm(q), tables), _placed(rms_norm(k), context_tables)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, S, D]
+        out = flash_attention(q, k, v) if chunks == 1 else split_attention(q, k, v, chunks)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+def _placed(x: Tensor, tables: Tables | None) -> Tensor:
+    """Rotate ``[B, S, H, D]`` by tables ``[S, D]``."""
+    if tables is None:
+        return x
+    cos, sin = (table.to(x.dtype)[:, None] for table in tables)
+    return rotate(x, cos, sin)
+
+
+def split_attention(q: Tensor, k: Tensor, v: Tensor, chunks: int) -> Tensor:
+    """``flash_attention`` of few queries over many keys, with the keys cut into parts that run in parallel.
+
+    Six queries over 8192 keys are one tile per head: 8 of an H100's 132 processors would work. Parts become the batch,
+    and are put together by their lse.
+
+    Args:
+        q: ``[1, H, Sq, D]``; k, v: ``[1, H, Sk, D]``; a batch above 1 is not split. chunks: how many equal parts; keys
+            that are left over are one more.
+    """
+    batch, size = q.shape[0], k.shape[2] // chunks
+    if batch != 1 or size == 0:
+        return flash_attention(q, k, v)
+    even = size * chunks
+    parts = [x[0, :, :even].unflatten(1, (chunks, size)).transpose(0, 1) for x in (k, v)]  # [chunks, H, size, D]
+    out, lse = flash_attention(q.expand(chunks, -1, -1, -1), *parts, return_lse=True)
+    outs, lses = list(out.split(1)), list(lse.split(1))
+    if even < k.shape[2]:
+        out, lse = flash_attention(q, k[:, :, even:], v[:, :, even:], return_lse=True)
+        outs, lses = [*outs, out], [*lses, lse]
+    return merge_attention(outs, lses)[0]
+
+
+class MLP(nn.Module):
+    """up, squared ReLU (or GELU), down."""
+
+    def __init__(self, width: int, *, gelu: bool = False):
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+        self.gelu = gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        return self.down(F.gelu(x) if self.gelu else F.relu(x).square())
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP with residuals; ``cross`` blocks attend to a context instead of to themselves."""
+
+    def __init__(self, width: int, head_dim: int, *, cross: bool = False, gelu: bool = False):
+        super().__init__()
+        self.attention = Attention(width, head_dim, cross=cross)
+        self.mlp = MLP(width, gelu=gelu)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        tables: Tables | None = None,
+        context_tables: Tables | None = None,
+        chunks: int = 1,
+    ) -> Tensor:
+        """As ``Attention``: ``[B, S, W]`` -> ``[B, S, W]``."""
+        seen = None if context is None else rms_norm(context)
+        x = x + self.attention(rms_norm(x), seen, tables, context_tables, chunks)
+        return x + self.mlp(rms_norm(x))
+
+
+def init_linears(module: nn.Module) -> None:
+    """Normal weights of variance 1 / inputs in every linear layer (biases 0); zeros are set by their owners after."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=1 / math.sqrt(part.in_features))
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def window_tables(length: int, head_dim: int, base: float, device: Any) -> Tables:
+    """Rotary tables ``[length, head_dim]`` of positions 0, 1, ..."""
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    return rope_tables(base**-exponents, torch.arange(length, device=device))

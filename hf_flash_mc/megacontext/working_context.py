@@ -202,6 +202,14 @@ class WorkingContext:
         self._total += n
         self._seen = max(self._seen, self._total)
 
+    def drop(self, n: int) -> None:
+        """Take the last ``n`` tokens back; ValueError where they are not lod 0 slots. (A suffix may be read again.)"""
+        if not 0 <= n <= self._cost or self._lod[self._cost - n : self._cost].any():
+            raise ValueError(f"n: expected at most the lod 0 slots at the end of {self._cost} slots, got {n}")
+        self._cost -= n
+        self._total -= n
+        self._seen = self._total
+
     def expand(self, start: int, lod: int, version: int = 0) -> Change:
         """The gist of level ``lod`` at ``start`` -> its ``block_size`` children."""
         return self.apply(Edits.of([(EXPAND, start, lod)]), version)
@@ -264,8 +272,8 @@ class WorkingContext:
     def check_invariants(self, tree: MegaContextTree | None = None, positions: np.ndarray | None = None) -> None:
         """All eight rules; InvariantError names the broken one.
 
-        ``tree``: the history that this context shows (its length, nodes and gist versions must agree). ``positions``
-        [N]: the absolute positions in use, if they are to be checked.
+        ``tree``: the history that this context shows (its nodes and gist versions must agree; the last tokens may not be
+        in it yet). ``positions`` [N]: the absolute positions in use, if they are to be checked.
         """
         start, lod, top = self.start, self.lod, self.config.max_lod
         _require("budget", self._cost <= self.config.w_max, f"{self._cost} slots of {self.config.w_max}")
@@ -286,7 +294,8 @@ class WorkingContext:
             same = np.shape(positions) == start.shape and bool(np.all(np.asarray(positions) == self.positions))
             _require("positions", same, "expected a token's own position, and start + span // 2 for a gist")
         if tree is not None:
-            _require("tree", len(tree) == self._total, f"tree of {len(tree)} tokens, expected {self._total}")
+            _require("tree", len(tree) <= self._total, f"tree of {len(tree)} tokens, expected at most {self._total}")
+            _all("tree", (lod == 0) | (end <= len(tree)), start, lod, f"past the tree's {len(tree)} tokens")
             _all("tree", ~self.stale(tree), start, lod, "refreshed in the tree since it was loaded")
 
     def _whole_blocks(self, start: np.ndarray, lod: np.ndarray) -> bool:

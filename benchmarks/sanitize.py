@@ -6,8 +6,8 @@
     for i in $(seq 0 15); do compute-sanitizer ... python -m benchmarks.sanitize --shard $i/16 & done; wait
 
 Hostile means key_ranges and cu_seqlens far outside the tensors, negative, reversed and not monotonic: the kernels must
-clamp them. Tensors are exact slices of their allocations, so that a step outside is one the sanitizer sees. Set
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 (done here) so that every tensor has an allocation of its own.
+clamp them. PYTORCH_NO_CUDA_MEMORY_CACHING=1 (set here) gives every tensor an allocation of its own, so that a step
+outside is one the sanitizer sees.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
-
-os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import torch
 from torch import Tensor
@@ -92,6 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(arguments)
     device, count = options.device, 0
+    if device == "cuda":  # not on import: CUDA graphs need the cache, and tests import this module
+        os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
     mine, shards = (int(n) for n in options.shard.split("/"))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     shapes, head_dims = (DENSE[1:2], HEAD_DIMS[1:3]) if options.quick else (DENSE, HEAD_DIMS)

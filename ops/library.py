@@ -222,7 +222,7 @@ def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None, bwd: Any = Non
     deterministic = torch.are_deterministic_algorithms_enabled()
     packed = (*rest[_TENSORS:], *ctx.lengths)
     if bwd is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and _nobody_watches(q, k, v):
-        spec = Spec(*rest[:_TENSORS], *ctx.numbers)
+        spec = _make_spec((*rest[:_TENSORS], *ctx.numbers))
         varlen = Varlen(*packed) if ctx.packed else None
         found = _backward(dout, dlse, q, k, v, out, lse, Needs(*needs), deterministic, ctx.impl, spec, varlen)
     else:

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_flash_mc.ops import flash_attention, flash_attention_varlen, library, sac_save_list
 from hf_flash_mc.ops.reference import reference_attention
-from hf_flash_mc.ops.spec import Gradients, Needs, new_bshd, new_lse
+from hf_flash_mc.ops.spec import Gradients, Needs, Spec, new_bshd, new_lse
 
 F64 = torch.float64
 DENSE = [
@@ -187,6 +187,24 @@ def test_raw_op_and_eager_function_give_the_same_gradients() -> None:
     assert len(leaves) == 5
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
+
+
+def test_back_ends_get_a_hashable_spec_from_the_raw_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dispatcher hands integer lists over as lists, and the kernels' plans are kept by the spec's numbers."""
+    seen = []
+    module = library.back_end("reference")
+
+    def record(function: Any, *args: Any) -> Any:
+        seen.extend(x for x in args if isinstance(x, Spec))
+        return function(*args)
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(module, name, functools.partial(record, getattr(module, name)))
+    q, k, v = qkv()
+    dropout = {"dropout_p": 0.5, "dropout_seed": torch.tensor([1]), "dropout_offsets": [1, 2, 3, 4]}
+    out, _ = library.FWD(q, k, v, "reference", **dropout)
+    out.sum().backward()
+    assert [spec.dropout_offsets for spec in seen] == [(1, 2, 3, 4)] * 2
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "bias", "sinks", "key_log_weight"])

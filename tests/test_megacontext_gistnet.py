@@ -29,6 +29,11 @@ EMBEDDING = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def config(backend: str = "kv", **gist) -> MegaContextConfig:
     sizes = {"num_layers": L, "num_kv_heads": H, "head_dim": D, "hidden_size": 48}
     sizes |= {"block_size": K, "w_max": 512, "sink_tokens": 8, "recent_tokens": 16}

@@ -13,6 +13,11 @@ from hf_flash_mc.megacontext.rope import Rope, rope_of, rope_tables, rotate, spa
 INV_FREQ = 1e4 ** -(torch.arange(0, 64, 2).float() / 64)  # [32]
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def tiny(model_type: str, **more):
     sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "vocab_size": 64, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1}

@@ -1,0 +1,102 @@
+"""Tile steps of the Hopper kernels, and the constexpr that says how a kernel is cut.
+
+What is elementwise and made of scalars comes from ``portable/common.py``; what makes layouts or reduces is here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..portable.common import INT_MAX, LOG2E, Features, masked_start, row_ranges
+from .shim import gl, gluon
+
+GROUP_ROWS = 64  # query rows of a warpgroup: the M of one wgmma
+
+
+class Cut(NamedTuple):
+    """How a kernel is cut: the second constexpr of the Hopper kernels, beside ``Features``."""
+
+    D: int  # padded to a power of two
+    DV: int
+    GROUPS: int  # consumer warpgroups, each with 64 rows
+    STAGES: int  # K and V tiles in flight
+    TURNS: bool  # warpgroups take turns at the matrix unit
+    SPLIT: bool  # a block boundary keeps the wait for P V behind the softmax
+    REGISTERS: int
+    LOGITS: Features  # the features without key_log_weight, which the kernel adds itself
+    SHARE: bool  # out is staged where the queries were
+
+
+@gluon.jit
+def tile_hull(ranges_ptr, stride_rm, row0, sq, sk, window_left, window_right, ROWS: gl.constexpr, F: gl.constexpr):
+    """Of query rows row0 to row0 + ROWS: the keys [first, last) that some row sees, [full_lo, full_hi) that all see.
+
+    The fifth value says that key_ranges may leave a hole between first and last.
+    """
+    if F.HAS_RANGES:
+        WIDTH: gl.constexpr = 128 if ROWS <= 128 else 256
+        row = row0 + gl.arange(0, WIDTH, layout=gl.BlockedLayout([1], [32], [4], [0]))
+        lo, hi = row_ranges(ranges_ptr, stride_rm, row, sq, sk, window_left, window_right, F)
+        valid = (row < sq) & (row < row0 + ROWS)
+        some = valid & (lo < hi)
+        first = gl.min(gl.where(some, lo, INT_MAX), 0)
+        last = gl.max(gl.where(some, hi, 0), 0)
+        full_lo = gl.max(gl.where(valid, lo, 0), 0)
+        full_hi = gl.min(gl.where(valid, hi, INT_MAX), 0)
+        before = gl.maximum(row - 1, 0)
+        lo_before, hi_before = row_ranges(ranges_ptr, stride_rm, before, sq, sk, window_left, window_right, F)
+        touches = (lo_before < hi_before) & (lo <= hi_before) & (lo_before <= hi)
+        breaks = some & ((row == row0) | (touches == 0))
+        gaps = gl.sum(breaks.to(gl.int32), 0) > 1
+    else:  # both ends rise with the row
+        row1 = gl.minimum(row0 + ROWS, sq) - 1
+        first, full_hi = row_ranges(ranges_ptr, stride_rm, row0, sq, sk, window_left, window_right, F)
+        full_lo, last = row_ranges(ranges_ptr, stride_rm, row1, sq, sk, window_left, window_right, F)
+        last = gl.maximum(last, 0)
+        gaps = row0 < 0
+    return gl.minimum(first, last), last, full_lo, full_hi, gaps
+
+
+@gluon.jit
+def tile_start(i, plan, BLOCK: gl.constexpr):
+    """Where the i-th tile of a walk begins: the masked tiles come first."""
+    start, full_start, full_tiles, left, masked = plan
+    at_edge = masked_start(i, start, full_start, full_tiles, left, BLOCK)
+    return gl.where(i < masked, at_edge, full_start + (i - masked) * BLOCK)
+
+
+@gluon.jit
+def hide(s, lo, hi, col, F: gl.constexpr):
+    """-inf where the row may not see the key."""
+    ok = col[None, :] < hi[:, None]
+    if F.HAS_LEFT or F.HAS_RANGES:
+        ok = ok & (col[None, :] >= lo[:, None])
+    return gl.where(ok, s, float("-inf"))
+
+
+@gluon.jit
+def softmax_tile(s, m, l, scale_log2, F: gl.constexpr):
+    """One step of the online softmax in base 2 (see portable/common.py, softmax_step)."""
+    if F.PLAIN:
+        new = gl.maximum(m, gl.max(s, 1) * scale_log2)
+    else:
+        new = gl.maximum(m, gl.max(s, 1))
+    safe = gl.where(new == float("-inf"), 0.0, new)  # a row that has met nothing yet
+    if F.PLAIN:
+        p = gl.exp2(s * scale_log2 - safe[:, None])
+    else:
+        p = gl.exp2(s - safe[:, None])
+    alpha = gl.exp2(m - safe)
+    return p, new, l * alpha + gl.sum(p, 1), alpha
+
+
+@gluon.jit
+def weigh(s, weight, removed):
+    """Base-2 logits plus key_log_weight [N]; ``removed`` says that some of these weights are -inf.
+
+    A removed key may hold NaN, and NaN - inf is NaN.
+    """
+    s = s + (weight * LOG2E)[None, :]
+    if removed:
+        s = gl.where((weight == float("-inf"))[None, :], float("-inf"), s)
+    return s

@@ -1,0 +1,100 @@
+"""The "hopper" back end: Gluon kernels for sm_90, behind the interface of ``portable/launch.py``.
+
+The forward is ours; the backward is exact on the same out and lse, whichever kernels made them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..portable import launch as portable
+from ..portable.launch import _on_device
+from ..portable.plan import Plan, plan_of
+from ..spec import Gradients, Needs, Spec, Varlen
+from ..tuning import architecture
+from .forward import attn_fwd_hopper_kernel
+from .plan import HopperConfig, Launch, tiles, tma_problem, variant
+
+MAX_HEAD_DIM = 256
+EMULATED = False  # tests run the kernels on CPU tensors
+Configs = dict[str, HopperConfig]
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None = None) -> list[str]:
+    """Reasons why these kernels cannot take the call; empty if they can."""
+    reasons = []
+    if not EMULATED and architecture(q.device) != "sm90":
+        reasons.append(f"device {q.device}: the Hopper kernels run on GPUs of compute capability 9.0")
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"dtype {q.dtype}: the Hopper kernels take float16 and bfloat16")
+    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
+        reasons.append(f"head dim {max(q.shape[-1], v.shape[-1])}: the Hopper kernels take up to {MAX_HEAD_DIM}")
+    for name, given in (("mask", spec.mask), ("bias", spec.bias)):
+        if given is not None:
+            reasons.append(f"{name}: the Hopper kernels read no dense tile of it")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        problem = tma_problem(x)
+        if problem is not None:
+            reasons.append(f"{name}: {problem}, which the tensor memory accelerator needs")
+    for name, small in (("key_ranges", spec.key_ranges), ("key_log_weight", spec.key_log_weight)):
+        if small is not None and small.stride(-1) != 1 and small.shape[-1] != 1:
+            reasons.append(f"{name}: the last dimension is not contiguous")
+    return reasons
+
+
+def reasons_of(plan: Plan, q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None) -> list[str]:
+    """``unsupported``, kept with the plan: everything it looks at is part of a plan's key."""
+    reasons = plan.launches.get("hopper-unsupported")
+    if reasons is None:
+        reasons = plan.launches["hopper-unsupported"] = unsupported(q, k, v, spec, varlen)
+    return reasons
+
+
+@_on_device
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None = None, configs: Configs | None = None
+) -> tuple[Tensor, Tensor]:
+    """out and lse. ``configs`` overrides the table, by kernel ("fwd")."""
+    plan = plan_of(q, k, v, spec, varlen)
+    if reasons := reasons_of(plan, q, k, v, spec, varlen):
+        raise NotImplementedError(
+            "impl='hopper' cannot take this call: " + "; ".join(reasons) + ". Use impl='auto' or impl='triton'"
+        )
+    return run_forward(plan, q, k, v, spec, varlen, configs.get("fwd") if configs else None)
+
+
+def run_forward(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None, config: HopperConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """The forward of a call that is known to be supported."""
+    out, lse = q.new_empty_strided(*plan.out_layout), q.new_empty_strided(*plan.lse_layout, dtype=torch.float32)
+    launch = plan.launches.get(("hopper-fwd", config))
+    if launch is None:
+        launch = plan.launches["hopper-fwd", config] = _forward_launch(plan, q, k, v, out, config)
+    cu_q = cu_k = None
+    if varlen is not None:  # rows outside every sequence
+        out.zero_()
+        lse.fill_(float("-inf"))
+        cu_q, cu_k = varlen[:2]
+    small = (spec.key_ranges, spec.key_log_weight, spec.alibi_slopes, spec.sinks, spec.dropout_seed)
+    launch([q, k, v, out], [*small, cu_q, cu_k, out, lse])
+    return out, lse
+
+
+def _forward_launch(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, config: HopperConfig | None) -> Launch:
+    f, cut, _ = variant(plan, config)
+    count, grid = plan.grid(f.BLOCK_M, plan.max_q, plan.hq)
+    described = [tiles(q, 64, cut.D), tiles(k, f.BLOCK_N, cut.D), tiles(v, f.BLOCK_N, cut.DV), tiles(out, 64, cut.DV)]
+    weight_strides = plan.other_strides[8:]
+    numbers = (*plan.ranges_strides, *weight_strides, plan.scale, plan.softcap, plan.keep_scale, plan.hq,
+               plan.hq // plan.hkv, plan.sq, plan.sk, plan.max_q, count, *plan.tail)  # fmt: skip
+    return Launch(attn_fwd_hopper_kernel, grid, described, numbers, (f, cut))
+
+
+def backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: Spec,
+    needs: Needs, deterministic: bool, varlen: Varlen | None = None,
+) -> Gradients:  # fmt: skip
+    """The gradients that ``needs`` names."""
+    return portable.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen)

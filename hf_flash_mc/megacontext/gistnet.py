@@ -21,7 +21,7 @@ from .config import MegaContextConfig
 from .layers import Block, check_settings, head_dim_of, init_linears, read_settings, rms_norm, window_tables
 from .rope import Rope
 
-POOL_ELEMENTS = 2**27  # of float32 at a time in ``pool``: half a gigabyte
+POOL_ELEMENTS = 2**25  # of children at a time in ``pool``: about half a gigabyte with what is made of them
 POOL_TOKENS = 2**17  # of a window batch at a time in ``EmbeddingGist.pool``
 
 

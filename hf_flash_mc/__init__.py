@@ -1,4 +1,4 @@
-"""Exact, fast, compilable attention for transformers models: ``model = patch_model(model)``.
+"""Exact, fast, compilable attention for transformers models: ``model = patch_model(model)``, and memory for them.
 
 The public names are loaded when they are first used, so that this import costs next to nothing: it needs neither
 torch nor transformers nor triton, let alone a GPU.
@@ -10,39 +10,38 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from hf_flash_mc.megacontext.attach import attach_megacontext, detach_megacontext
+    from hf_flash_mc.megacontext.config import MegaContextConfig
+    from hf_flash_mc.megacontext.io import load_megacontext
     from hf_flash_mc.ops import explain_attention, flash_attention, flash_attention_varlen, merge_attention
     from hf_flash_mc.patches import patch_model, patch_report, patched, unpatch_model
 
-_HOME = {
-    "explain_attention": "ops",
-    "flash_attention": "ops",
-    "flash_attention_varlen": "ops",
-    "merge_attention": "ops",
-    "patch_model": "patches",
-    "patch_report": "patches",
-    "patched": "patches",
-    "unpatch_model": "patches",
-}
-_SUBPACKAGES = ("cli", "ops", "patches")
+_SUBPACKAGES = ("cli", "megacontext", "ops", "patches")
 
 __all__ = [
+    "MegaContextConfig",
+    "attach_megacontext",
+    "detach_megacontext",
     "explain_attention",
     "flash_attention",
     "flash_attention_varlen",
+    "load_megacontext",
     "merge_attention",
     "patch_model",
     "patch_report",
     "patched",
     "unpatch_model",
 ]
+_OPS = {"explain_attention", "flash_attention", "flash_attention_varlen", "merge_attention"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _SUBPACKAGES:
         return import_module(f"{__name__}.{name}")
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    home = "ops" if name in _OPS else "megacontext" if "mega" in name.lower() else "patches"
+    return getattr(import_module(f"{__name__}.{home}"), name)
 
 
 def __dir__() -> list[str]:

@@ -21,7 +21,10 @@ _HOME = {
     "KVGist": "gistnet",
     "Lens": "lensnet",
     "LensInput": "lensnet",
+    "MegaContext": "attach",
+    "MegaContextCache": "cache",
     "MegaContextConfig": "config",
+    "MegaContextSession": "session",
     "MegaContextTree": "tree",
     "MemoryStore": "store",
     "OracleLens": "lensnet",
@@ -32,8 +35,11 @@ _HOME = {
     "StoreError": "store",
     "TransformerLens": "lensnet",
     "WorkingContext": "working_context",
+    "attach_megacontext": "attach",
     "build_gist": "gistnet",
     "build_lens": "lensnet",
+    "detach_megacontext": "attach",
+    "load_megacontext": "io",
     "rope_of": "rope",
 }
 

@@ -1,0 +1,112 @@
+"""generate: transformers' sampling over a session, with a refocus every few tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteriaList
+
+if TYPE_CHECKING:
+    from .session import MegaContextSession
+
+DEFAULT_NEW_TOKENS = 20  # as in transformers
+# settings that ask for more than one sequence, or for a second model
+_ONE = {"num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1}
+_OFF = ("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "guidance_scale", "constraints", "watermarking_config")
+
+
+@torch.no_grad()
+def generate(
+    session: MegaContextSession,
+    input_ids: Any = None,
+    *,
+    generation_config: Any = None,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    streamer: Any = None,
+    tokenizer: Any = None,
+    refocus: bool = True,
+    **options: Any,
+) -> Tensor:
+    """Read ``input_ids`` (if any) and continue the history, greedily or by sampling.
+
+    Settings mean what they mean in transformers' ``model.generate``: they are a GenerationConfig's, over the model's own
+    one; logits processors see the last ``w_max`` tokens of the history. The history then holds the new tokens too.
+
+    Args:
+        input_ids: token ids ``[n]`` or ``[1, n]``, or None to go on.
+        generation_config, logits_processor, stopping_criteria, streamer, tokenizer: as in transformers.
+        refocus: refocus before the first new token, and then every ``refocus_interval`` tokens. While all of the history
+            is in the window as tokens there is nothing to refocus, and this is the base model's own generation.
+        options: fields of a GenerationConfig: max_new_tokens, do_sample, temperature, top_p, ...
+
+    Returns:
+        The new token ids, ``[1, n]`` on the model's device.
+
+    Raises:
+        NotImplementedError: beams, several sequences, assistants. ValueError: unknown settings, ids outside the
+            vocabulary, an empty history.
+    """
+    config, limit = _settings(session, generation_config, options, input_ids)
+    if input_ids is not None:
+        prompt = session._checked_ids(input_ids)
+        session._check_range(len(prompt) + limit)
+        session.ingest(prompt)
+    else:
+        prompt = torch.empty(0, dtype=torch.int64)
+        session._check_range(limit)
+    if refocus and (session.working_context.lod > 0).any():
+        session.refocus()
+    logits = session.next_logits()
+    device, model = logits.device, session.model
+    seen = session.tokens(-session.config.w_max)[None].to(device)
+    start = seen.shape[1]
+    config.max_length = start + limit
+    model._prepare_special_tokens(config, True, device=device)
+    processors = model._get_logits_processor(
+        generation_config=config, input_ids_seq_length=start, logits_processor=logits_processor, device=device
+    )
+    config.max_length = None  # counted here; transformers' criterion would warn of the model's range
+    criteria = model._get_stopping_criteria(config, stopping_criteria or StoppingCriteriaList(), tokenizer=tokenizer)
+    if streamer is not None:
+        streamer.put(prompt)
+    for _ in range(limit):
+        scores = processors(seen, logits[None].float())
+        token = torch.multinomial(scores.softmax(-1), 1)[:, 0] if config.do_sample else scores.argmax(-1)  # [1]
+        seen = torch.cat((seen, token[:, None]), 1)
+        if streamer is not None:
+            streamer.put(token.cpu())
+        session.step(token.cpu(), refocus)
+        logits = session.next_logits()
+        if bool(criteria(seen, None).all()):
+            break
+    if streamer is not None:
+        streamer.end()
+    return seen[:, start:]
+
+
+def _settings(session: MegaContextSession, given: Any, options: dict[str, Any], input_ids: Any) -> tuple[Any, int]:
+    """The GenerationConfig in force, and how many tokens may come."""
+    if options.pop("attention_mask", None) is not None:
+        raise ValueError("attention_mask: a session is one history without padding; leave it out")
+    config, unknown = session.model._prepare_generation_config(given, **options)
+    if unknown:
+        raise ValueError(f"generate: expected fields of a GenerationConfig, got {sorted(unknown)}")
+    wrong = [f"{name}={getattr(config, name)}" for name, one in _ONE.items() if getattr(config, name, one) not in (one, None)]
+    wrong += [name for name in _OFF if getattr(config, name, None) not in (None, 1, 1.0)]
+    if wrong or config.return_dict_in_generate:
+        wrong += ["return_dict_in_generate"] * bool(config.return_dict_in_generate)
+        raise NotImplementedError(
+            f"generate: {', '.join(wrong)}: a session continues one history by greedy search or sampling; its way out "
+            "is several sessions, or model.generate on the base model"
+        )
+    limit = config.max_new_tokens
+    if limit is None and "max_length" in options:
+        read = len(session) + (0 if input_ids is None else torch.as_tensor(input_ids).numel())
+        limit = config.max_length - read
+        if limit < 1:
+            raise ValueError(f"max_length: expected more than the {read} tokens of the history, got {config.max_length}")
+    limit = DEFAULT_NEW_TOKENS if limit is None else int(limit)
+    return config, limit

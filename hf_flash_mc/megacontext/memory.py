@@ -1,0 +1,201 @@
+"""KVMemory: where the keys and values of a history live: all of them in the tree, those attended to in the cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .cache import MegaContextCache
+from .config import MegaContextConfig
+from .gistnet import KVGist
+from .positions import Numbering, rearrange
+from .rope import Rope
+from .store import FileStore, MemoryStore, Store
+from .tree import MegaContextTree
+from .working_context import Change, WorkingContext
+
+PLACES = "positions.ctx"  # the file of the positions at which tokens' keys are rotated
+
+
+class KVMemory:
+    """A working context's keys and values in a `MegaContextCache`, and the tree they come from and go to.
+
+    Tokens enter the tree late (`commit`): the last ones can still be taken back. The tree keeps a token's key as it was
+    rotated, and the position it was rotated at; a token that comes back to that position comes back bit for bit, to
+    another one it is turned by the difference, once, in float32. Gists are kept without rotation.
+
+    Attributes:
+        slots: int64 [N], the cache's column of each slot of the working context. numbering: their positions.
+    """
+
+    def __init__(
+        self, config: MegaContextConfig, cache: MegaContextCache, gist: KVGist, rope: Rope, folder: Path | None, **options
+    ) -> None:
+        self.config, self.cache, self.gist, self.rope = config, cache, gist, rope
+        self.dtype = cache.kv.dtype
+        self.tree = MegaContextTree(config, folder=folder, pool=self._pool, payload_dtype=self.dtype, **options)
+        self.places = _open_places(config, folder)
+        if len(self.places) > len(self.tree):  # killed between the two
+            self.places.truncate(len(self.tree))
+        self.numbering = Numbering(config)
+        self.slots = np.empty(0, np.int64)
+
+    @property
+    def committed(self) -> int:
+        """Tokens that are in the tree."""
+        return len(self.tree)
+
+    def commit(self, upto: int, token_ids: Tensor, wc: WorkingContext) -> None:
+        """Put the tokens before number ``upto`` into the tree; token_ids: those from ``committed`` on, int64 [n]."""
+        first = self.committed
+        count = upto - first
+        if count <= 0:
+            return
+        index = np.searchsorted(wc.start, first) + np.arange(count)  # tokens outside the tree are lod 0 slots
+        payload = self.cache.read(self.slots[index]).cpu()
+        places = torch.from_numpy(self.numbering.position[index].astype(np.int32))
+        self.places.append(places)
+        try:
+            self.tree.append(token_ids[:count].cpu(), payload)
+        except BaseException:
+            self.places.truncate(first)
+            raise
+
+    def _pool(self, children: Tensor, *, lod: int, first: int) -> Tensor:
+        """Gists of nodes ``first, first + 1, ...`` of a level, for the tree."""
+        positions = None
+        if lod == 1:
+            count, size = children.shape[:2]
+            where = self.places.read(slice(first * size, (first + count) * size))
+            positions = where.long().reshape(count, size)
+        return self.gist.pool(children, lod=lod, positions=positions, first=first)
+
+    def apply(self, before: WorkingContext, after: WorkingContext, change: Change) -> int:
+        """Bring the cache from one working context to the next; how many slots were written.
+
+        Reads the tree first: if that fails, the cache is as it was.
+        """
+        numbering = Numbering(self.config)
+        numbering.position, numbering.next = self.numbering.position, self.numbering.next
+        in_place = numbering.follow(change, before.start, before.total)
+        if not in_place:
+            numbering.renumber(after.span, self.config.refocus_interval)
+        centres = numbering.centres()
+        came = change.added_index
+        old = rearrange(self.numbering.centres(), change, centres[came])
+        payload = self.fetch(after.start[came], after.lod[came], centres[came])
+        self.cache.release(self.slots[change.removed_index])
+        slots = self.cache.take(len(came))
+        self.slots = rearrange(self.slots, change, slots)
+        self._write(slots, after, came, payload)
+        if in_place:
+            self.numbering = numbering
+            return len(came)
+        return len(came) + self._move(after, old, numbering)
+
+    def renumber(self, wc: WorkingContext, count: int) -> None:
+        """Bring all slots into the model's range again, with room for ``count`` tokens."""
+        numbering = Numbering(self.config)
+        numbering.renumber(wc.span, count)
+        self._move(wc, self.numbering.centres(), numbering)
+
+    def _move(self, wc: WorkingContext, old: np.ndarray, numbering: Numbering) -> int:
+        """Rotate slots from where their keys stand, ``old`` [N], to where the numbering has them; how many moved."""
+        new = numbering.centres()
+        index = np.flatnonzero(old != new)
+        if len(wc) and old[-1] != new[-1]:  # the last queries stand with the last tokens
+            self._turn_queries(int(new[-1] - old[-1]))
+        held = wc.start[index] < self.committed
+        kept, tail = index[held], index[~held]
+        step = 4096  # slots at a time
+        for part in (kept[i : i + step] for i in range(0, len(kept), step)):
+            self._write(self.slots[part], wc, part, self.fetch(wc.start[part], wc.lod[part], new[part]))
+        if len(tail):
+            payload = self.cache.read(self.slots[tail])
+            self.cache.write(self.slots[tail], self._turned(payload, new[tail] - old[tail]), wc.start[tail])
+        self.numbering = numbering
+        return len(index)
+
+    def fetch(self, start: np.ndarray, lod: np.ndarray, centre: np.ndarray) -> Tensor:
+        """Payloads ``[n, L, 2, Hkv, D]`` of nodes from the tree, keys rotated to the positions ``centre`` [n]."""
+        out = torch.empty(len(start), *self.config.payload_shape, dtype=self.dtype, device=self.cache.device)
+        for level in np.unique(lod).tolist():
+            chosen = np.flatnonzero(lod == level)
+            nodes = torch.from_numpy(start[chosen] // self.config.span(level))
+            payload = self.tree.payload(level, nodes).to(self.cache.device)
+            where = centre[chosen]
+            if level == 0:
+                payload = self._turned(payload, where - self.places.read(nodes).numpy())
+            else:
+                payload = self._turned(payload, where, bare=True)
+            out[torch.from_numpy(chosen).to(out.device)] = payload
+        return out
+
+    def _turned(self, payload: Tensor, by: np.ndarray, bare: bool = False) -> Tensor:
+        """Keys turned by ``by`` [n] positions, rounded once; where that is 0 their bits stay.
+
+        ``bare``: keys without rotation, which also get the factor that the model's tables carry (YaRN).
+        """
+        moved = np.arange(len(by)) if bare else np.flatnonzero(by)
+        if not len(moved):
+            return payload
+        rope = self.rope if bare else self.rope._replace(attention_scaling=torch.ones_like(self.rope.attention_scaling))
+        index = torch.from_numpy(moved).to(payload.device)
+        cos, sin = rope.tables(torch.from_numpy(by[moved]).to(payload.device))  # [n, L or 1, R]
+        keys = payload[index, :, 0].float()  # [n, L, Hkv, D]
+        turned = payload if bare else payload.clone()
+        turned[index, :, 0] = rope.rotate(keys, cos[:, :, None], sin[:, :, None]).to(payload.dtype)
+        return turned
+
+    def _turn_queries(self, by: int) -> None:
+        rope = self.rope._replace(attention_scaling=torch.ones_like(self.rope.attention_scaling))
+        cos, sin = rope.tables(torch.tensor(by, device=self.cache.device))  # [L or 1, R]
+        queries = self.cache.queries
+        queries.copy_(rope.rotate(queries.float(), cos[:, None, None], sin[:, None, None]))
+
+    def _write(self, slots: np.ndarray, wc: WorkingContext, index: np.ndarray, payload: Tensor) -> None:
+        """Put payloads into columns ``slots``; ``index``: which slots of the working context they are."""
+        lod, token = wc.lod[index], wc.start[index] + wc.span[index] // 2
+        for gists in (False, True):
+            chosen = np.flatnonzero((lod > 0) == gists)
+            if not len(chosen):
+                continue
+            weight = None
+            if gists:
+                weight = self.gist.log_weight(torch.from_numpy(lod[chosen].astype(np.int64)).to(self.gist.beta.device))
+                weight = weight.detach().permute(2, 0, 1)  # [n, L, Hkv]
+            part = payload[torch.from_numpy(chosen).to(payload.device)]
+            self.cache.write(slots[chosen], part, token[chosen], weight)
+
+    def restore(self, wc: WorkingContext, tail: Tensor) -> None:
+        """Fill an empty cache for a working context: tokens that are not in the tree from ``tail`` [n, L, 2, Hkv, D]."""
+        self.slots = self.cache.take(len(wc))
+        count = tail.shape[0]
+        split = len(wc) - count
+        centres = self.numbering.centres()
+        for first in range(0, split, 4096):
+            part = np.arange(first, min(first + 4096, split))
+            self._write(self.slots[part], wc, part, self.fetch(wc.start[part], wc.lod[part], centres[part]))
+        if count:
+            self.cache.write(self.slots[split:], tail.to(self.cache.device), wc.start[split:])
+
+    def flush(self, durable: bool = False) -> None:
+        """Hand the tree's files to the operating system, and with ``durable`` to the disk."""
+        self.places.flush(durable)
+        self.tree.flush(durable)
+
+    def close(self) -> None:
+        self.places.close()
+        self.tree.close()
+
+
+def _open_places(config: MegaContextConfig, folder: Path | None) -> Store:
+    if folder is None:
+        return MemoryStore((), torch.int32)
+    about: dict[str, Any] = {"level": 0, "block_size": config.block_size, "model_id": config.base_model_name_or_path}
+    path = folder / PLACES
+    return (FileStore.open if path.exists() else FileStore.create)(path, (), torch.int32, **about)

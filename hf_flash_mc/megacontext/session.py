@@ -1,0 +1,395 @@
+"""MegaContextSession: one history far longer than the window, read, refocused and continued by a transformers model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_flash_mc.patches.attention import KEY
+
+from .allocator import AllocatorState, FocusAllocator
+from .attach import MegaContext, cache_argument, layer_windows
+from .cache import MegaContextCache
+from .lensnet import LensInput
+from .memory import KVMemory
+from .telemetry import Telemetry
+from .working_context import BudgetError, Edits, WorkingContext
+
+CHUNK = 512  # tokens of one forward while a text is read
+OBSERVED = 64  # last queries whose attention scores the working context
+
+
+class MegaContextSession:
+    """A history: its tree, the working context the model attends to, and the model's view of it in a cache.
+
+    Args:
+        addon: ``model.megacontext``.
+        folder: where the tree's files are made; None keeps the history in host memory.
+        durable: the tree's appends return only when the disk has them.
+        chunk_size: tokens of one forward of `ingest`.
+        observe: last queries whose attention to each slot the lens is given.
+        seed: of the random lens.
+
+    Attributes:
+        working_context, tree, cache: see their classes. One session is one history: batch size 1, not thread-safe.
+    """
+
+    def __init__(
+        self,
+        addon: MegaContext,
+        folder: str | Path | None = None,
+        *,
+        durable: bool = False,
+        chunk_size: int = CHUNK,
+        observe: int = OBSERVED,
+        seed: int = 0,
+    ) -> None:
+        if addon.config.backend != "kv":
+            raise NotImplementedError(
+                'backend="embedding": sessions run on the "kv" back end only; use MegaContextConfig(backend="kv")'
+            )
+        if not isinstance(chunk_size, int) or chunk_size < 1:
+            raise ValueError(f"chunk_size: expected an int of at least 1, got {chunk_size!r}")
+        if not isinstance(observe, int) or observe < 0:
+            raise ValueError(f"observe: expected an int of at least 0, got {observe!r}")
+        self.addon, self.model, self.config = addon, addon.base, addon.config
+        self.chunk_size = chunk_size
+        self.folder = None if folder is None else Path(folder)
+        text = self.model.config.get_text_config(decoder=True)
+        self.cache = MegaContextCache(
+            self.config.w_max,
+            text.num_attention_heads,
+            self.config.payload_shape[2],
+            self.config.payload_shape[3],
+            layer_windows(self.model),
+            dtype=self.model.dtype,
+            device=self.device,
+            observe=observe,
+        )
+        rope = addon.gist.rope
+        self.memory = KVMemory(self.config, self.cache, addon.gist, rope, self.folder, durable=durable)
+        if self.memory.committed:
+            raise ValueError(
+                f"folder: {self.folder} holds a history of {self.memory.committed} tokens; choose an empty folder, or "
+                "model.megacontext.load_session(folder) for a saved session"
+            )
+        self.working_context = WorkingContext(self.config)
+        self.allocator, self.allocation = FocusAllocator(self.config), AllocatorState.initial()
+        self.stats = Telemetry()
+        self.generator = torch.Generator().manual_seed(seed)
+        self._tail = torch.empty(0, dtype=torch.int64)  # token ids that are not in the tree
+        self._logits: Tensor | None = None  # [V], what follows the history; None after it changed
+        self._since_refocus = 0
+        self._cache_argument = cache_argument(self.model)
+        self._scaling, self._softcap = _attention_scales(self.model, self.config.payload_shape[3])
+        self.last_scores: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def tree(self) -> Any:
+        return self.memory.tree
+
+    def __len__(self) -> int:
+        """Tokens of history."""
+        return self.working_context.total
+
+    def tokens(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Token ids [n] of the history, int64."""
+        start, stop, _ = slice(start, stop).indices(len(self))
+        split = self.memory.committed
+        early = self.tree.tokens(min(start, split), min(stop, split))
+        return torch.cat((early, self._tail[max(start - split, 0) : max(stop - split, 0)]))
+
+    @torch.no_grad()
+    def ingest(
+        self, input_ids: Any, *, return_logits: bool = False, refocus: bool = False, progress: bool = False
+    ) -> Tensor | None:
+        """Read tokens into the history, in chunks; what no longer fits the budget is collapsed on the way.
+
+        Args:
+            input_ids: token ids ``[n]`` or ``[1, n]``, or a list.
+            return_logits: return the model's logits after each token, ``[n, V]`` on the CPU.
+            refocus: also refocus after every ``refocus_interval`` tokens or chunk, whichever is longer.
+            progress: show a bar.
+
+        Raises:
+            ValueError: ids outside the vocabulary, or (positions="absolute") past the model's range; before anything
+                changed. BudgetError: the history cannot be held in ``w_max`` slots with this ``max_lod``.
+        """
+        ids = self._checked_ids(input_ids)
+        self._check_range(len(ids))
+        collected = []
+        bar = _progress_bar(len(ids)) if progress else None
+        done = 0
+        while done < len(ids):
+            count = self._make_room(min(self.chunk_size, len(ids) - done))
+            last = done + count == len(ids)
+            logits = self._forward(ids[done : done + count], keep=count if return_logits else int(last))
+            if return_logits:
+                collected.append(logits.cpu())
+            done += count
+            if self.folder is not None:  # what is on disk survives a crash; in memory it would be a copy for nothing
+                self._commit(len(self) - max(self.config.recent_tokens, self.chunk_size))
+            self.stats.ingested += count
+            self._since_refocus += count
+            if refocus and self._since_refocus >= self.config.refocus_interval and not last:
+                self._refocus_once()
+            if bar is not None:
+                bar.update(count)
+        if bar is not None:
+            bar.close()
+        return torch.cat(collected) if return_logits and collected else None
+
+    def generate(self, input_ids: Any = None, **options: Any) -> Tensor:
+        """Continue the history; see `hf_flash_mc.megacontext.decode.generate`. The new token ids [1, n]."""
+        from .decode import generate
+
+        return generate(self, input_ids, **options)
+
+    def refocus(self, *, rounds: int = 1, max_edits: int | None = None, reread: int = 0) -> list[Edits]:
+        """Let the lens score the working context and the allocator edit it, ``rounds`` times; the edits of each.
+
+        Args:
+            max_edits: expansions of one round, each paid for by a collapse if need be; None: the config's.
+            reread: tokens at the end of the history that are run again after each round, so that they (a question, say)
+                are read in the light of what was expanded.
+        """
+        edits = []
+        for _ in range(rounds):
+            edits.append(self._refocus_once(max_edits))
+            if reread:
+                self.reread(reread)
+        return edits
+
+    def scores(self) -> Tensor:
+        """The lens's scores of the working context, float32 [N] on the CPU."""
+        wc = self.working_context
+        with self.stats.time("lens"), torch.no_grad():
+            mass = self.attention_mass() if self.cache.observe else None
+            context = LensInput.of(wc, self.device, attention_mass=mass, generator=self.generator)
+            self.last_scores = self.addon.lens.score(context).detach().cpu()
+        return self.last_scores
+
+    def attention_mass(self) -> Tensor:
+        """The share of attention that each slot of the working context got from the last queries, float32 [N]."""
+        mass = self.cache.attention_mass(self._scaling, self._softcap)
+        return mass[torch.from_numpy(self.memory.slots).to(mass.device)]
+
+    def apply(self, edits: Edits, *, refocus: bool = False) -> None:
+        """Apply edits to working context and cache; ValueError before anything changes where they are not legal."""
+        if not len(edits):
+            return
+        wc = self.working_context
+        collapsed = edits.kind < 0
+        if collapsed.any():
+            lods, starts = edits.lod[collapsed].astype(np.int64), edits.start[collapsed]
+            self._commit(int((starts + self.config.block_size**lods).max()))
+        after = wc.copy()
+        change = after.apply(edits, self.tree.version)
+        with self.stats.time("patch"):
+            written = self.memory.apply(wc, after, change)
+        self.working_context = after
+        self._logits = None
+        self.stats.note(after, edits, written, refocus)
+
+    @torch.no_grad()
+    def reread(self, count: int) -> None:
+        """Run the last ``count`` tokens again, in the working context as it is now.
+
+        ValueError where they are in the tree already: at least the last ``recent_tokens`` tokens never are.
+        """
+        ids = self._take_back(count)
+        for first in range(0, count, self.chunk_size):
+            part = ids[first : first + self.chunk_size]
+            self._forward(part, keep=int(first + len(part) == count))
+
+    @torch.no_grad()
+    def step(self, token: Tensor, refocus: bool = True) -> None:
+        """One more token [1] at the end of the history; makes room and refocuses when it is time."""
+        interval = self.config.refocus_interval
+        if refocus and self._since_refocus >= interval and (self.working_context.lod > 0).any():
+            self._refocus_once()
+        if len(self.working_context) >= self.config.w_max:
+            self._make_room(interval)
+        self._forward(token, keep=1)
+        self.stats.generated += 1
+        self._since_refocus += 1
+
+    def next_logits(self) -> Tensor:
+        """Logits [V] of the token after the history; the last token is run again where edits made them stale."""
+        if not len(self):
+            raise ValueError("the history is empty: ingest something, or give generate its input_ids")
+        if self._logits is None:
+            self.reread(1)
+        assert self._logits is not None
+        return self._logits
+
+    def rewind(self, count: int) -> None:
+        """Take the last ``count`` tokens back, as if they had never been read; see `reread` for which can be."""
+        self._take_back(count)
+        self._logits = None
+
+    def telemetry(self) -> dict[str, Any]:
+        """Counters and times by name; see `Telemetry.summary`."""
+        return self.stats.summary(self.working_context, self.config.w_max)
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """A picture of the working context over the history; see `plots.plot_session`."""
+        from .plots import plot_session
+
+        return plot_session(self, path)
+
+    def save(self, folder: str | Path) -> None:
+        """Write all of the session into a folder, for ``model.megacontext.load_session``."""
+        from .io import save_session
+
+        save_session(self, folder)
+
+    def close(self) -> None:
+        """Close the tree's files."""
+        self.memory.close()
+
+    def check_invariants(self) -> None:
+        """The eight rules of the working context, and that the cache holds exactly its slots."""
+        wc, slots = self.working_context, self.memory.slots
+        wc.check_invariants(self.tree)
+        live = np.flatnonzero(self.cache.live)
+        if len(slots) != len(wc) or not np.array_equal(np.sort(slots), live):
+            raise RuntimeError(f"cache: expected {len(wc)} slots of the working context, got {len(live)} live columns")
+        if not np.array_equal(self.cache.gist[slots], wc.lod > 0):
+            raise RuntimeError("cache: gists stand where tokens should, or the other way round")
+
+    def _forward(self, ids: Tensor, keep: int) -> Tensor:
+        """Run new tokens [n] on the CPU over the working context; logits of the last ``keep``, [keep, V]."""
+        if not self.addon.enabled or self.model.config._attn_implementation != KEY:
+            raise RuntimeError(
+                "the model does not run mc_attention now (inside disable(), or unpatched): gists would be ignored"
+            )
+        count, memory, cache = len(ids), self.memory, self.cache
+        if not memory.numbering.fits(count):
+            memory.renumber(self.working_context, count)
+            self.stats.renumberings += 1
+        if cache.needs_compaction(count):
+            memory.slots = cache.compact()[memory.slots]
+        slots = cache.open(count, len(self))
+        first = memory.numbering.next
+        device = self.device
+        try:
+            with self.stats.time("forward"):
+                out = self.model(
+                    input_ids=ids[None].to(device),
+                    position_ids=torch.arange(first, first + count, device=device)[None],
+                    # four dimensions: passed on as it is; the cache says what is seen (cache.py)
+                    attention_mask=torch.zeros(1, 1, count, 2, dtype=torch.int32, device=device),
+                    use_cache=True,
+                    logits_to_keep=max(keep, 1),
+                    **{self._cache_argument: cache},
+                )
+            cache.close(count)
+        except BaseException:
+            cache.release(slots)
+            raise
+        self.working_context.append(count)
+        memory.numbering.append(count)
+        memory.slots = np.concatenate((memory.slots, slots))
+        self._tail = torch.cat((self._tail, ids))
+        logits = out.logits[0, out.logits.shape[1] - keep :]
+        self._logits = logits[-1] if keep else None
+        return logits
+
+    def _make_room(self, need: int) -> int:
+        """Collapse until ``need`` tokens fit, or fewer where that is impossible; for how many there is room."""
+        wc = self.working_context
+        while len(wc) + need > self.config.w_max:
+            scores = self.scores() if len(wc) else None
+            try:
+                with self.stats.time("allocate"):
+                    edits, state = self.allocator.make_room(wc, scores, need, self.allocation)
+            except BudgetError:
+                if need == 1:
+                    raise
+                need = max(1, need // 2)
+                continue
+            self.allocation = state
+            logits = self._logits
+            self.apply(edits)
+            self._logits = logits  # the text is the same: stale by a collapse of what mattered least
+            break
+        return need
+
+    def _refocus_once(self, max_edits: int | None = None) -> Edits:
+        scores = self.scores()
+        with self.stats.time("allocate"):
+            edits, self.allocation = self.allocator.plan(self.working_context, scores, self.allocation, max_edits)
+        self._since_refocus = 0
+        if len(edits):
+            self.apply(edits, refocus=True)
+        else:
+            self.stats.note(self.working_context, edits, 0, True)
+        return edits
+
+    def _commit(self, upto: int) -> None:
+        """Put tokens before number ``upto`` into the tree."""
+        count = min(upto, len(self)) - self.memory.committed
+        if count > 0:
+            with self.stats.time("commit"):
+                self.memory.commit(self.memory.committed + count, self._tail, self.working_context)
+            self._tail = self._tail[count:]
+
+    def _take_back(self, count: int) -> Tensor:
+        """Remove the last ``count`` tokens; their ids."""
+        if not 1 <= count <= len(self._tail):
+            raise ValueError(
+                f"count: expected 1 to {len(self._tail)} (the last tokens, which are not in the tree yet), got {count}"
+            )
+        ids = self._tail[-count:].clone()
+        self.cache.release(self.memory.slots[-count:])
+        self.cache.forget_queries(count)
+        self.memory.slots = self.memory.slots[:-count]
+        self.memory.numbering.drop(count)
+        self.working_context.drop(count)
+        self._tail = self._tail[:-count]
+        return ids
+
+    def _checked_ids(self, input_ids: Any) -> Tensor:
+        ids = torch.as_tensor(input_ids)
+        if ids.dim() == 2 and ids.shape[0] == 1:
+            ids = ids[0]
+        if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(
+                f"input_ids: expected whole numbers [n] or [1, n] (a session is one history), got {list(ids.shape)} "
+                f"{ids.dtype}"
+            )
+        ids = ids.to("cpu", torch.int64)
+        size = self.config.vocab_size
+        if len(ids) and size is not None and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise ValueError(
+                f"input_ids: expected ids from 0 to {size - 1} (the model's vocabulary), got {int(ids.min())} to "
+                f"{int(ids.max())}; use this model's tokenizer"
+            )
+        return ids
+
+    def _check_range(self, count: int) -> None:
+        self.memory.numbering.check(count)
+
+
+def _attention_scales(model: Any, head_dim: int) -> tuple[list[float], float | None]:
+    """Each layer's factor on q.k, and the soft cap of logits."""
+    modules = [m for m in model.modules() if hasattr(m, "_mc_record") and isinstance(getattr(m, "layer_idx", None), int)]
+    modules.sort(key=lambda m: m.layer_idx)
+    return [float(getattr(m, "scaling", None) or head_dim**-0.5) for m in modules], next(
+        (float(m.attn_logit_softcapping) for m in modules if getattr(m, "attn_logit_softcapping", None)), None
+    )
+
+
+def _progress_bar(total: int) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, unit="token", unit_scale=True, desc="ingest")

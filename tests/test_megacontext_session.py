@@ -1,0 +1,408 @@
+"""Sessions on tiny models: the plain path is the base model's, gists weigh what they should, detail comes back exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from patch_models import VOCAB, causal_config, causal_model, twin
+from torch import Tensor, nn
+from transformers import DynamicCache, LogitsProcessorList, TextStreamer
+
+from hf_flash_mc.megacontext.attach import attach_megacontext, cache_argument, detach_megacontext, layer_windows
+from hf_flash_mc.megacontext.config import MegaContextConfig
+from hf_flash_mc.megacontext.lensnet import LensInput, OracleLens
+from hf_flash_mc.megacontext.working_context import BudgetError, Edits
+
+CONFIG = MegaContextConfig(
+    block_size=4, max_lod=2, w_max=128, sink_tokens=4, recent_tokens=8, refocus_interval=4, max_edits=2, tau=0.0
+)
+FAMILIES = ("llama", "mistral", "qwen3", "phi3", "gemma2", "gemma3", "gpt_oss")
+
+
+def history(length: int, seed: int = 1) -> Tensor:
+    return torch.randint(3, VOCAB, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def attached(family: str = "llama", config: MegaContextConfig = CONFIG, **sizes: int) -> nn.Module:
+    model_config = causal_config(family)
+    for name, value in sizes.items():
+        setattr(model_config, name, value)
+    return attach_megacontext(causal_model(family, model_config), config)
+
+
+def edits(*triples: tuple[int, int, int]) -> Edits:
+    return Edits.of(list(triples))
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(ids).logits[0]
+
+
+@torch.no_grad()
+def dense_logits(model: nn.Module, session, ids: Tensor) -> Tensor:
+    """Stock eager attention over the working context in order, weights and windows as a dense mask: the definition."""
+    stock, wc = twin(model), session.working_context
+    detach_megacontext(stock)
+    count, total = ids.shape[1], len(session)
+    payload = session.cache.read(session.memory.slots)  # [N, L, 2, H, D]
+    cache = DynamicCache(config=stock.config)
+    for layer in range(payload.shape[1]):
+        cache.layers[layer].keys, cache.layers[layer].values = payload[:, layer].permute(1, 2, 0, 3)[:, None].clone()
+        cache.layers[layer].is_initialized = True
+    groups = stock.config.num_attention_heads // stock.config.num_key_value_heads
+    weight = session.addon.gist.log_weight(torch.from_numpy(wc.lod.astype(np.int64)))[0]  # layers agree in these tests
+    weight = weight.repeat_interleave(groups, 0)[None, :, None].expand(1, -1, count, -1)
+    own = torch.full((count, count), -torch.inf).triu(1).expand(1, weight.shape[1], -1, -1)
+    first = session.memory.numbering.next
+    out = stock(
+        input_ids=ids,
+        attention_mask=torch.cat((weight, own), -1),
+        position_ids=torch.arange(first, first + count)[None],
+        use_cache=True,
+        **{cache_argument(stock): cache},
+    )
+    assert layer_windows(stock) == [None] * payload.shape[1]
+    assert total == wc.total
+    return out.logits[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_history_within_the_window_is_the_base_model(family: str) -> None:
+    ids = history(90)
+    model = causal_model(family)
+    expected = logits_of(model, ids)
+    tokens = model.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)[:, 90:]
+    attach_megacontext(model, CONFIG)
+    session = model.megacontext.session(chunk_size=37)
+    logits = session.ingest(ids, return_logits=True)
+    assert (logits - expected).abs().max() <= 1e-5
+    session.check_invariants()
+    assert torch.equal(session.generate(max_new_tokens=16, do_sample=False), tokens)
+    assert torch.equal(session.tokens(), torch.cat((ids, tokens), 1)[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_attach_and_detach_leave_no_trace(family: str) -> None:
+    ids, model = history(21), causal_model(family)
+    keys, before, config = list(model.state_dict()), logits_of(model, ids), model.config
+    names, modules = [n for n, _ in model.named_parameters()], [n for n, _ in model.named_modules()]
+    attach_megacontext(model, CONFIG)
+    assert list(model.state_dict()) == keys
+    assert (logits_of(model, ids) - before).abs().max() <= 1e-5
+    incompatible = model.load_state_dict(model.state_dict())
+    assert not incompatible.missing_keys
+    assert not incompatible.unexpected_keys
+    with model.megacontext.disable():
+        assert torch.equal(logits_of(model, ids), before)
+        with pytest.raises(RuntimeError, match="disable"):
+            model.megacontext.session().ingest(ids)
+    session = model.megacontext.session()
+    session.ingest(ids)
+    detach_megacontext(model)
+    assert torch.equal(logits_of(model, ids), before)
+    assert list(model.state_dict()) == keys
+    assert [n for n, _ in model.named_parameters()] == names
+    assert [n for n, _ in model.named_modules()] == modules
+    assert model.config is config
+    with pytest.raises(ValueError, match="no megacontext"):
+        detach_megacontext(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_gists_weigh_what_their_heads_say(family: str) -> None:
+    model = attached(family)
+    gist = model.megacontext.gist
+    with torch.no_grad():
+        gist.beta.copy_(torch.randn(gist.beta[:1].shape, generator=torch.Generator().manual_seed(3)).expand_as(gist.beta))
+    session = model.megacontext.session()
+    session.ingest(history(70))
+    session.apply(edits((-1, 16, 2), (-1, 4, 1), (-1, 40, 1), (-1, 32, 1)))
+    session.apply(edits((1, 4, 1)))
+    session.check_invariants()
+    assert sorted(set(session.working_context.lod.tolist())) == [0, 1, 2]
+    assert session.cache._holes, "free columns must be among those attended to"
+    new = history(9, seed=5)
+    expected = dense_logits(model, session, new)
+    assert (session.ingest(new, return_logits=True) - expected).abs().max() <= 1e-5
+    for seed in (6, 7):  # one token at a time goes into a hole
+        new = history(1, seed=seed)
+        expected = dense_logits(model, session, new)
+        assert (session.ingest(new, return_logits=True) - expected).abs().max() <= 1e-5
+
+
+def test_sliding_layers_count_tokens_not_columns() -> None:
+    model = attached("mistral")  # a window of 6 tokens in every layer
+    session = model.megacontext.session()
+    ids, new = history(60), history(5, seed=2)
+    plain = model.megacontext.session()
+    plain.ingest(ids)
+    expected = plain.ingest(new, return_logits=True)
+    session.ingest(ids)
+    session.apply(edits((-1, 8, 1), (-1, 32, 2), (-1, 16, 1)))  # nothing that the window still shows
+    session.apply(edits((1, 16, 1)))
+    assert (session.ingest(new, return_logits=True) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_detail_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
+    model = attached().to(dtype)
+    session = model.megacontext.session()
+    session.ingest(history(100))
+    before = session.cache.read(session.memory.slots)
+    session.apply(edits((-1, 16, 2), (-1, 48, 1), (-1, 4, 1)))
+    session.apply(edits((1, 4, 1), (1, 16, 2)))
+    session.apply(edits((1, 16, 1), (1, 20, 1), (1, 24, 1), (1, 28, 1), (1, 48, 1)))
+    assert not session.working_context.lod.any()
+    assert torch.equal(session.cache.read(session.memory.slots), before)
+    assert np.array_equal(session.memory.numbering.position, np.arange(100))
+    session.check_invariants()
+
+
+def test_a_gist_is_the_mean_in_the_middle() -> None:
+    model = attached()
+    session = model.megacontext.session()
+    session.ingest(history(40))
+    keys = session.cache.read(session.memory.slots)[16:20, :, 0]
+    session.apply(edits((-1, 16, 1)))
+    slot = session.memory.slots[16]
+    rope = model.megacontext.gist.rope
+    bare = rope.unrotate(keys, *(t[:, :, None] for t in rope.tables(torch.arange(16, 20))))
+    middle = rope.rotate(bare.mean(0), *(t[:, None] for t in rope.tables(torch.tensor(18))))
+    assert (session.cache.read(np.array([slot]))[0, :, 0] - middle).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("positions", ["compressed", "absolute"])
+def test_a_history_longer_than_the_window_keeps_every_rule(positions: str) -> None:
+    config = dataclasses.replace(CONFIG, w_max=64, positions=positions)
+    model = attached(config=config, max_position_embeddings=128 if positions == "compressed" else 4096)
+    session = model.megacontext.session(chunk_size=16)
+    ids = history(500)[0]
+    for start in range(0, 500, 50):
+        session.ingest(ids[start : start + 50], refocus=True)
+        session.check_invariants()
+        assert session.memory.numbering.next <= model.config.max_position_embeddings
+        assert (session.memory.numbering.width > 0).all()
+    assert torch.equal(session.tokens(), ids)
+    new = history(3, seed=9)
+    assert (session.ingest(new, return_logits=True) - dense_logits(model, _rewound(session, 3), new)).abs().max() <= 1e-5
+    report = session.telemetry()
+    assert report["history_tokens"] == 500
+    assert report["collapses"] > 0
+    assert (report["renumberings"] > 0) == (positions == "compressed")
+    assert 0 < report["budget_use"] <= 1
+
+
+def _rewound(session, count: int):
+    session.rewind(count)
+    return session
+
+
+def test_renumbered_keys_are_the_stored_ones_turned_once() -> None:
+    config = dataclasses.replace(CONFIG, w_max=64)
+    model = attached(config=config, max_position_embeddings=96)
+    session = model.megacontext.session(chunk_size=16)
+    session.ingest(history(400))
+    assert session.stats.renumberings > 1
+    wc, memory, rope = session.working_context, session.memory, model.megacontext.gist.rope
+    centres = memory.numbering.centres()
+    assert (np.diff(centres) > 0).all()
+    held = np.flatnonzero(wc.end <= memory.committed)
+    for slot in held.tolist():
+        lod, node = int(wc.lod[slot]), torch.tensor([wc.start[slot] // wc.span[slot]])
+        key = memory.tree.payload(lod, node)[0, :, 0]
+        by = centres[slot] - (int(memory.places.read(node)) if lod == 0 else 0)
+        turned = rope.rotate(key, *(t[:, None] for t in rope.tables(torch.tensor(by))))
+        got = session.cache.read(memory.slots[slot : slot + 1])[0, :, 0]
+        assert (got - turned).abs().max() <= 2e-5
+
+
+def test_all_positions_may_shift_together() -> None:
+    model = attached(max_position_embeddings=256)
+    session = model.megacontext.session()
+    ids, new = history(60), history(4, seed=2)
+    session.ingest(ids)
+    expected = session.ingest(new, return_logits=True)
+    session.rewind(4)
+    session.memory.numbering.position = session.memory.numbering.position + 30  # as if it had been read there
+    session.memory.numbering.next += 30
+    turned = session.memory._turned(session.cache.read(session.memory.slots), np.full(60, 30))
+    session.cache.write(session.memory.slots, turned, np.arange(60))
+    mass = session.attention_mass()
+    session.memory.renumber(session.working_context, 4)
+    assert session.memory.numbering.next == 60
+    assert (session.ingest(new, return_logits=True) - expected).abs().max() <= 1e-5
+    assert mass.shape == (60,)
+
+
+def test_absolute_positions_raise_past_the_range_before_anything_changes() -> None:
+    model = attached(config=dataclasses.replace(CONFIG, positions="absolute"), max_position_embeddings=128)
+    session = model.megacontext.session()
+    session.ingest(history(100))
+    for act in (lambda: session.ingest(history(29)), lambda: session.generate(max_new_tokens=29)):
+        with pytest.raises(ValueError, match="max_position_embeddings 128"):
+            act()
+    assert len(session) == 100
+    session.ingest(history(28))
+    session.check_invariants()
+
+
+def test_reading_again_changes_nothing_when_nothing_changed() -> None:
+    model = attached()
+    session = model.megacontext.session()
+    ids = history(60)
+    logits = session.ingest(ids, return_logits=True)
+    session.reread(20)
+    assert (session.next_logits() - logits[-1]).abs().max() <= 1e-5
+    assert torch.equal(session.tokens(), ids[0])
+    session.check_invariants()
+    with pytest.raises(ValueError, match="expected 1 to 60"):
+        session.reread(61)
+
+
+def test_attention_mass_is_the_attention_of_the_last_query() -> None:
+    model = causal_model("llama")
+    ids = history(50)
+    with torch.no_grad():
+        expected = torch.stack(model(ids, output_attentions=True).attentions)[:, 0, :, -1].mean((0, 1))
+    attach_megacontext(model, CONFIG)
+    session = model.megacontext.session(observe=1)
+    session.ingest(ids)
+    assert (session.attention_mass() - expected).abs().max() <= 1e-6
+    session.apply(edits((-1, 16, 1)))
+    assert session.attention_mass().sum() == pytest.approx(1.0, abs=1e-5)
+    several = model.megacontext.session(observe=7)
+    for start in range(0, 50, 10):
+        several.ingest(ids[:, start : start + 10])
+    session.rewind(3)
+    queries = several.cache.last_queries()
+    several.rewind(2)
+    assert torch.equal(several.cache.last_queries(), queries[:, :, :5])
+
+
+def test_refocus_follows_the_lens_and_generation_refocuses() -> None:
+    model = attached(config=dataclasses.replace(CONFIG, w_max=64, tau=0.2, cooldown=0))
+    wanted = 8
+
+    def only(context: LensInput) -> Tensor:
+        return torch.where((context.start == wanted) & (context.lod > 0), 1.0, -0.5)
+
+    model.megacontext.lens = OracleLens(model.megacontext.config, only)
+    session = model.megacontext.session(chunk_size=16)
+    session.ingest(history(200))
+    rounds = session.refocus(rounds=3)
+    wc = session.working_context
+    assert {0} == {int(lod) for start, lod in zip(wc.start, wc.lod, strict=True) if wanted <= start < wanted + 4}
+    assert any((kind, start) == (1, wanted) for e in rounds for kind, start in zip(e.kind, e.start, strict=True))
+    session.check_invariants()
+    before = session.stats.refocuses
+    session.generate(max_new_tokens=13, do_sample=False)
+    assert session.stats.refocuses >= before + 3
+    assert len(session) == 213
+    session.check_invariants()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "temperature": 0.7, "top_k": 11},
+        {"do_sample": True, "top_p": 0.8, "repetition_penalty": 1.3},
+        {"do_sample": False, "no_repeat_ngram_size": 2, "min_new_tokens": 12},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_sampling_is_transformers_own(options: dict) -> None:
+    model, ids = causal_model("llama"), history(30)
+    torch.manual_seed(5)
+    expected = model.generate(ids, max_new_tokens=24, pad_token_id=0, **options)[:, 30:]
+    attach_megacontext(model, CONFIG)
+    torch.manual_seed(5)
+    assert torch.equal(model.megacontext.session().generate(ids, max_new_tokens=24, **options), expected)
+
+
+def test_generation_streams_and_stops() -> None:
+    class Words:
+        def decode(self, ids, **_) -> str:
+            return "".join(f"{i} " for i in ids)
+
+    shown: list[str] = []
+    streamer = TextStreamer(Words(), skip_prompt=True)  # type: ignore[arg-type]
+    streamer.on_finalized_text = lambda text, stream_end=False: shown.append(text)  # type: ignore[method-assign]
+    model = attached()
+    session = model.megacontext.session()
+    tokens = session.generate(history(20), max_new_tokens=6, do_sample=False, streamer=streamer)
+    assert "".join(shown).split() == [str(t) for t in tokens[0].tolist()]
+    again = model.megacontext.session()
+    stop = int(tokens[0, 2])
+    got = again.generate(history(20), max_new_tokens=6, do_sample=False, eos_token_id=stop)
+    assert torch.equal(got, tokens[:, : 1 + tokens[0].tolist().index(stop)])
+    rest = again.generate(max_new_tokens=2, do_sample=False)
+    assert torch.equal(again.tokens(), torch.cat((history(20), got, rest), 1)[0])
+    forced = LogitsProcessorList([lambda seen, scores: scores.index_fill(1, torch.tensor([9]), 1e9)])
+    assert again.generate(max_length=len(again) + 3, logits_processor=forced).tolist() == [[9, 9, 9]]
+
+
+def test_sessions_of_one_model_do_not_mix() -> None:
+    model = attached()
+    first, second, ids = model.megacontext.session(), model.megacontext.session(), history(60)
+    expected = model.megacontext.session().ingest(ids, return_logits=True)
+    parts = []
+    for start in range(0, 60, 20):
+        parts.append(first.ingest(ids[:, start : start + 20], return_logits=True))
+        second.ingest(history(20, seed=start + 3))
+    assert (torch.cat(parts) - expected).abs().max() <= 1e-5
+
+
+def test_a_failed_forward_leaves_the_session_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attached()
+    session, ids = model.megacontext.session(), history(40)
+    session.ingest(ids[:, :20])
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[1].mlp, "forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            session.ingest(ids[:, 20:])
+    session.check_invariants()
+    rest = session.ingest(ids[:, 20:], return_logits=True)
+    assert (rest - logits_of(model, ids)[20:]).abs().max() <= 1e-5
+
+
+def test_wrong_use_is_named() -> None:
+    model = attached()
+    session = model.megacontext.session()
+    with pytest.raises(ValueError, match=f"ids from 0 to {VOCAB - 1}"):
+        session.ingest([1, VOCAB])
+    with pytest.raises(ValueError, match="one history"):
+        session.ingest(torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="history is empty"):
+        session.generate()
+    with pytest.raises(NotImplementedError, match="num_beams=2"):
+        session.generate([5], num_beams=2)
+    with pytest.raises(ValueError, match="nonsense"):
+        session.generate([5], nonsense=1)
+    with pytest.raises(ValueError, match="attached|already"):
+        attach_megacontext(model, CONFIG)
+    with pytest.raises(ValueError, match="complete node"):
+        session.apply(edits((-1, 0, 1)))
+    assert len(session) == 0
+    detach_megacontext(model)
+    with pytest.raises(ValueError, match="head_dim: the model has 16, the config 24"):
+        attach_megacontext(model, dataclasses.replace(CONFIG, head_dim=24))
+    with pytest.raises(NotImplementedError, match="chunked_attention"):
+        attach_megacontext(causal_model("llama4"), CONFIG)
+    with pytest.raises(NotImplementedError, match="rotary"):
+        attach_megacontext(causal_model("gpt2"), CONFIG)
+
+
+def test_a_budget_that_cannot_hold_the_history_says_so() -> None:
+    model = attached(config=dataclasses.replace(CONFIG, max_lod=1, w_max=40))
+    session = model.megacontext.session(chunk_size=8)
+    with pytest.raises(BudgetError):
+        session.ingest(history(400))
+    session.check_invariants()

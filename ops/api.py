@@ -14,8 +14,9 @@ from .spec import Spec, Varlen
 _NO_OFFSETS = (0, 0, 0, 0)
 _INF = float("inf")
 # what "auto" chooses for tensors of a device type; a meta tensor's call only has a shape
+# ("auto" again would let ops/auto.py choose below the op)
 _AUTO = {"cpu": "cpu", "cuda": "triton", "xpu": "triton", "meta": "reference"}
-_SERVED = {("cpu", "cpu"), ("cuda", "triton"), ("xpu", "triton")}
+_SERVED = {("cpu", "cpu"), ("cuda", "auto"), ("cuda", "hopper"), ("cuda", "triton"), ("xpu", "triton")}
 
 
 def flash_attention(
@@ -184,15 +185,8 @@ def explain_attention(q: Tensor, k: Tensor, v: Tensor, *, impl: str = "auto", **
     Returns:
         Explanation: ``.impl`` and ``.reasons``; prints as a list.
     """
-    chosen = _AUTO.get(q.device.type, "auto") if impl == "auto" else impl
-    if impl != "auto":
-        reasons = [f"impl={impl!r} was asked for"]
-    else:
-        reasons = {
-            "cpu": ["CPU tensors run on the exact CPU back end"],
-            "triton": [f"{q.device.type} tensors run on the portable Triton kernels", *_why_not_hopper(q)],
-            "reference": ["meta tensors only have shapes: nothing is computed"],
-        }.get(chosen, [])
+    chosen: str = _AUTO.get(q.device.type, "auto") if impl == "auto" else impl
+    reasons = [f"impl={impl!r} was asked for"] if impl != "auto" else []
     mask = options.get("mask")
     if mask is not None and not isinstance(mask, Tensor):
         reasons.append("mask: a BlockMask becomes a dense mask of memory Sq * Sk; key_ranges would cost O(Sq)")
@@ -201,8 +195,22 @@ def explain_attention(q: Tensor, k: Tensor, v: Tensor, *, impl: str = "auto", **
     spec, varlen = _describe(q, options)
     problems = [text for _, text in checks.find_problems(q, k, v, chosen, spec, varlen)]
     if not problems:
-        problems = library.back_end(chosen).unsupported(q, k, v, spec, varlen)
+        back_end = library.back_end(chosen)
+        problems = back_end.unsupported(q, k, v, spec, varlen)
+        if chosen == "auto" and not problems:
+            chosen, why_not = back_end.choose(q, k, v, spec, varlen)
+            reasons += [f"not on hopper: {reason}" for reason in why_not]
+    if impl == "auto":
+        reasons = _WHY.get(chosen, []) + reasons
     return Explanation(None if problems else chosen, reasons + problems)
+
+
+_WHY = {
+    "cpu": ["CPU tensors run on the exact CPU back end"],
+    "hopper": ["tensors on a GPU of compute capability 9.0 run on the Hopper kernels"],
+    "triton": ["tensors on this GPU run on the portable Triton kernels"],
+    "reference": ["meta tensors only have shapes: nothing is computed"],
+}
 
 
 def _describe(q: Tensor, options: dict[str, Any]) -> tuple[Spec, Varlen | None]:
@@ -224,12 +232,6 @@ def _describe(q: Tensor, options: dict[str, Any]) -> tuple[Spec, Varlen | None]:
     mask = options.get("mask")
     options["mask"] = _four_dims(mask) if isinstance(mask, Tensor) else None
     return Spec(**options), varlen
-
-
-def _why_not_hopper(q: Tensor) -> list[str]:
-    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9:
-        return []
-    return [f"not on hopper: {reason}" for reason in checks.impl_problems(q, q, "hopper")]
 
 
 def _check(

@@ -18,6 +18,7 @@ GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ALL_DTYPES = (*GPU_DTYPES, torch.float64)
 # impl -> dtypes, largest head dim (None: any)
 LIMITS: dict[str, tuple[tuple[torch.dtype, ...], int | None]] = {
+    "hopper": ((torch.float16, torch.bfloat16), 256),
     "triton": (GPU_DTYPES, 256),
     "cpu": (ALL_DTYPES, None),
     "reference": (ALL_DTYPES, None),
@@ -129,12 +130,14 @@ def _check_types(q: Tensor, k: Tensor, v: Tensor, impl: str, say: Callable[[Prob
 
 def impl_problems(q: Tensor, v: Tensor, impl: str) -> list[str]:
     """Why this back end cannot take tensors of this device, dtype and head dim, and the way out."""
-    if impl == "hopper":
-        return ["this version has no Hopper kernels; use impl='triton', which runs on sm_90 too"]
-    if impl not in LIMITS:
-        return [f"no back end serves {q.device.type} tensors; use impl='reference', or move them to a CPU or GPU"]
-    dtypes, head_dim = LIMITS[impl]
     reasons, kind = [], q.device.type
+    if impl == "auto" and kind == "cuda":
+        impl = "triton"  # which takes whatever the Hopper kernels take
+    if impl not in LIMITS:
+        return [f"no back end serves {kind} tensors; use impl='reference', or move them to a CPU or GPU"]
+    dtypes, head_dim = LIMITS[impl]
+    if impl == "hopper" and (kind != "cuda" or torch.cuda.get_device_capability(q.device)[0] != 9):
+        reasons.append(f"expected tensors on a GPU of compute capability 9.0, got {q.device}; use impl='auto'")
     if impl == "cpu" and kind not in ("cpu", "meta"):
         reasons.append(f"expected CPU tensors, got {kind}; use impl='auto' or impl='triton'")
     if impl == "triton" and kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

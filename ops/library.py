@@ -22,7 +22,8 @@ from .spec import Needs, Spec, Varlen, new_bshd, new_lse
 
 # Compile caches do not notice a changed fake or backward formula: raise the version when either contract changes.
 NAMESPACE = "hf_flash_mc_v1"
-BACK_ENDS = {"cpu": "cpu", "triton": "portable.launch", "reference": "dense"}
+# "auto" is what tensors on a GPU get: it chooses below the op
+BACK_ENDS = {"auto": "auto", "hopper": "hopper.launch", "triton": "portable.launch", "cpu": "cpu", "reference": "dense"}
 
 _SPEC = (
     "Tensor? key_ranges=None, Tensor? mask=None, Tensor? bias=None, Tensor? key_log_weight=None, "

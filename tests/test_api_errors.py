@@ -93,7 +93,7 @@ WRONG = [
     ({"sinks": z(4, device="meta")}, ValueError, "sinks: expected it on cpu with q, got meta"),
     # impl
     ({"impl": "fast"}, ValueError, "impl: expected one of 'auto', 'hopper', 'triton', 'cpu', 'reference', got 'fast'"),
-    ({"impl": "hopper"}, NotImplementedError, "no Hopper kernels; use impl='triton'"),
+    ({"impl": "hopper"}, NotImplementedError, "a GPU of compute capability 9.0, got cpu"),
 ]  # fmt: skip
 
 
@@ -248,7 +248,7 @@ def test_explanation_names_the_back_end_and_why() -> None:
 def test_explanation_of_a_call_that_would_raise() -> None:
     explanation = explain_attention(**dense(impl="hopper", scale=-1.0))
     assert explanation.impl is None
-    assert any("no Hopper kernels" in reason for reason in explanation.reasons)
+    assert any("compute capability 9.0" in reason for reason in explanation.reasons)
     assert any(reason.startswith("scale: ") for reason in explanation.reasons)
     assert "no back end" in str(explanation)
 

@@ -154,8 +154,8 @@ def _tile_softmax(s, m, l, n0, masked, lo, hi, row, weight, removed, terms, rule
 
 
 @gluon.jit
-def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, o_ptr, lse_ptr, sinks_ptr, weight_ptr, memory, barriers, place, plan, seen,
-             rules, terms, keep_scale, stride_om, n_tiles):  # fmt: skip
+def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, o_ptr, lse_ptr, sinks_ptr, weight_ptr,
+             memory, barriers, place, plan, seen, rules, terms, keep_scale, stride_om, n_tiles):  # fmt: skip
     """A consumer warpgroup: 64 rows of out and lse."""
     GROUPS: gl.constexpr = C.GROUPS
     STAGES: gl.constexpr = C.STAGES
@@ -169,7 +169,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, o_pt
     COL: gl.constexpr = gl.SliceLayout(0, LS)
     q_s, k_s, v_s, o_s = memory
     q_full, k_full, k_empty, v_full, v_empty, turn, cleaned = barriers
-    batch, head, head_k, q_row, k_row, row_start = place
+    batch, head, _, q_row, _, row_start = place
     ranges_ptr, stride_rm, sq, sk, window_left, window_right = rules
     dtype: gl.constexpr = k_s.dtype
     masked_tiles = plan[4]

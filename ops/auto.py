@@ -1,0 +1,70 @@
+"""``impl="auto"`` on a GPU: the Hopper kernels where they run and are the faster ones, else the portable kernels.
+
+Decided call by call below the op, so that compiled and exported programs choose on the GPU they run on.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .portable import launch as portable
+from .portable.launch import _on_device
+from .portable.plan import Plan, plan_of
+from .spec import Gradients, Needs, Spec, Varlen
+from .tuning import architecture
+
+unsupported = portable.unsupported  # what neither takes
+FEW = 64  # query rows or keys, up to which most of a Hopper tile would be padding
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None = None) -> tuple[str, list[str]]:
+    """("hopper" or "triton", why not hopper)."""
+    if architecture(q.device) != "sm90":
+        return "triton", []
+    reasons = _why_not_hopper(plan_of(q, k, v, spec, varlen), q, k, v, spec, varlen)
+    return ("triton" if reasons else "hopper"), reasons
+
+
+def _why_not_hopper(plan: Plan, q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None) -> list[str]:
+    """Kept with the plan: everything looked at is part of a plan's key."""
+    reasons = plan.launches.get("auto")
+    if reasons is None:
+        from .hopper.launch import unsupported as unsupported_by_hopper
+
+        reasons = unsupported_by_hopper(q, k, v, spec, varlen)
+        if min(plan.max_q, plan.max_k) <= FEW:
+            reasons.append(f"at most {FEW} query rows or keys: the portable kernels waste less of a tile")
+        if max(plan.d, plan.dv) <= 32:
+            reasons.append("head dims up to 32: the portable kernels waste less of a tile")
+        plan.launches["auto"] = reasons
+    return reasons
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None = None) -> tuple[Tensor, Tensor]:
+    """out and lse."""
+    if architecture(q.device) == "sm90":
+        plan = plan_of(q, k, v, spec, varlen)
+        if not _why_not_hopper(plan, q, k, v, spec, varlen):
+            return _hopper_forward(q, plan, k, v, spec, varlen)
+    return portable.forward(q, k, v, spec, varlen)
+
+
+@_on_device
+def _hopper_forward(
+    q: Tensor, plan: Plan, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None
+) -> tuple[Tensor, Tensor]:
+    from .hopper.launch import run_forward
+
+    return run_forward(plan, q, k, v, spec, varlen)
+
+
+def backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: Spec,
+    needs: Needs, deterministic: bool, varlen: Varlen | None = None,
+) -> Gradients:  # fmt: skip
+    """The gradients that ``needs`` names."""
+    if choose(q, k, v, spec, varlen)[0] == "hopper":
+        from .hopper import launch as hopper
+
+        return hopper.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen)
+    return portable.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen)

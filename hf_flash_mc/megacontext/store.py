@@ -262,8 +262,14 @@ class FileStore(_Records):
     def read(self, index: Index) -> Tensor:
         where = self._located(index)
         view = self._mapped()
-        raw = np.array(view[where]) if isinstance(where, slice) else view.take(where, axis=0)  # [n, stride]
-        return torch.from_numpy(raw).view(self.dtype).reshape(len(raw), *self.shape)
+        n = where.stop - where.start if isinstance(where, slice) else len(where)
+        records = torch.empty((n, *self.shape), dtype=self.dtype)
+        raw = _bytes(records, self._stride)
+        if isinstance(where, slice):
+            raw[:] = view[where]
+        else:
+            np.take(view, where, axis=0, out=raw, mode="clip")  # "raise" would buffer; all indices exist
+        return records
 
     def write(self, index: Index, records: Tensor) -> None:
         where = self._for_writing(index)
@@ -328,10 +334,7 @@ class FileStore(_Records):
         return self._view
 
     def _unmap(self) -> None:
-        self._view = np.empty((0, self._stride), np.uint8)
-        if self._map is not None:
-            self._map.close()
-            self._map = None
+        self._view, self._map = np.empty((0, self._stride), np.uint8), None  # unmapped with its last reference
 
     def _replace(self, where: np.ndarray, data: np.ndarray, version: int) -> None:
         """The second half of a write: from the journal into the file. Doing it twice does no harm."""

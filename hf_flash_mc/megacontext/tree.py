@@ -104,6 +104,13 @@ class MegaContextTree:
         self._commit(made, old[0])
         return new
 
+    def truncate(self, total: int) -> None:
+        """Forget the tokens from number ``total`` on, and the nodes that need them (to return to a saved session)."""
+        if not 0 <= total <= len(self):
+            raise ValueError(f"total: expected 0 to {len(self)} tokens, got {total}")
+        self._stores[TOKENS].truncate(total)
+        self._align()
+
     def __len__(self) -> int:
         """Tokens of history."""
         return len(self._stores[TOKENS])

@@ -15,7 +15,7 @@ from ..tuning import Config
 from .common import GROUP_ROWS, Cut
 from .shim import gl
 
-ELEMENT = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+ELEMENT = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
 
 class HopperConfig(NamedTuple):

@@ -1,0 +1,335 @@
+"""FlashAttention backward (Dao 2023, algorithm 2) for sm_90 in Gluon: one pass over the scores, five products.
+
+A program owns 128 keys of one KV head, 64 for each of two consumer warpgroups, and walks the queries of every query
+head of its group; one producer warp feeds q and dout through the tensor memory accelerator. A warpgroup holds its
+scores transposed, [keys, queries], so that the weights go into dV and the logits' gradients into dK straight from
+registers. dQ needs the keys of both warpgroups: they exchange their halves through shared memory, and each computes
+half of dQ and adds it to float32 memory by one reducing copy.
+
+The order of one step keeps the matrix unit busy: dP runs under exp2, dV under the logits' gradients, and the scores of
+the next step under the writing of dQ.
+"""
+
+from typing import NamedTuple
+
+from ..portable.backward import _plan_queries
+from ..portable.common import (
+    LOG2E,
+    row_ranges,
+)
+from .shim import (
+    bar_sync,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma_load,
+    tma_reduce_add,
+    tma_store,
+    tma_store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+SUB = gl.constexpr(64)  # query rows of one matrix product
+HALF = gl.constexpr(64)  # keys of one warpgroup
+
+
+class Schedule(NamedTuple):
+    """How a kernel variant is laid out in time and memory; a constexpr like ``Features``."""
+
+    SUBS: int = 1  # sub-tiles of 64 query rows in one step
+    STAGES: int = 2  # of q and dout
+    DS_STAGES: int = 2  # of the logits' gradients
+    EARLY: bool = True  # the next step's scores are issued before dQ is written
+    SETTLE: bool = False  # a block boundary keeps exp2 behind the issue of dP
+    K_REGS: bool = False  # keys as a register operand: less traffic in shared memory
+    V_REGS: bool = False
+    ROTATE: bool = False  # key tiles of one head begin at different queries
+    REGS: int = 240
+
+
+@gluon.jit
+def _producer(descs, rows_ptr, smem, bars, where, F: gl.constexpr, T: gl.constexpr):
+    q_desc, k_desc, v_desc, do_desc = descs
+    q_s, k_s, v_s, do_s, rows_s = smem
+    kv_full, q_full, do_full, empty = bars
+    batch, head_k, n0, group, first, tiles, count, shift, row_plane, row_head = where
+    STAGES: gl.constexpr = T.STAGES
+    SUBS: gl.constexpr = T.SUBS
+    D: gl.constexpr = F.D
+    DV: gl.constexpr = F.DV
+    ROWS: gl.constexpr = F.BLOCK_N
+    BLOCK_M: gl.constexpr = F.BLOCK_M
+    lane = gl.arange(0, 2 * SUB, layout=gl.BlockedLayout([4], [32], [1], [0]))
+    mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    tma_load(k_desc, [batch, head_k, n0, 0], kv_full, k_s.index(0).reshape((1, 1, ROWS, D)))
+    tma_load(v_desc, [batch, head_k, n0, 0], kv_full, v_s.index(0).reshape((1, 1, ROWS, DV)))
+    for t in range(count):
+        stage = t % STAGES
+        phase = (t // STAGES) & 1
+        head = head_k * group + t // tiles
+        m0 = (first + (t + shift) % tiles) * BLOCK_M
+        at = rows_ptr + (row_plane + head * row_head + m0) * 2 + lane
+        rows = gl.load(at)
+        if SUBS == 2:
+            more_rows = gl.load(at + 2 * SUB)
+        mbarrier.wait(empty.index(stage), phase ^ 1)
+        mbarrier.expect(q_full.index(stage), SUBS * q_desc.block_type.nbytes)
+        for j in gl.static_range(SUBS):
+            tma_load(
+                q_desc,
+                [batch, head, m0 + j * SUB, 0],
+                q_full.index(stage),
+                q_s.index(stage * SUBS + j).reshape((1, 1, SUB, D)),
+            )
+        mbarrier.expect(do_full.index(stage), SUBS * do_desc.block_type.nbytes)
+        for j in gl.static_range(SUBS):
+            tma_load(
+                do_desc,
+                [batch, head, m0 + j * SUB, 0],
+                do_full.index(stage),
+                do_s.index(stage * SUBS + j).reshape((1, 1, SUB, DV)),
+            )
+        rows_s.index(stage * SUBS).store(rows)
+        if SUBS == 2:
+            rows_s.index(stage * SUBS + 1).store(more_rows)
+        mbarrier.arrive(q_full.index(stage), count=1)
+
+
+@gluon.jit
+def _consumer(descs, pointers, smem, bars, where, strides, numbers, CID: gl.constexpr, F: gl.constexpr,
+              T: gl.constexpr):  # fmt: skip
+    dq_desc, dk_desc, dv_desc = descs
+    ranges_ptr, weight_ptr, slopes_ptr, seed_ptr, dw_ptr = pointers
+    q_s, k_s, v_s, do_s, ds_s, dq_s, rows_s = smem
+    kv_full, q_full, do_full, empty = bars
+    batch, head_k, n0, group, first, tiles, count, shift, full_lo, full_hi = where
+    stride_rh, stride_rm = strides
+    scale, softcap, keep_scale, sq, sk, window_left, window_right, threshold, off_b, off_h, off_m, off_n = numbers
+    STAGES: gl.constexpr = T.STAGES
+    DS_STAGES: gl.constexpr = T.DS_STAGES
+    SUBS: gl.constexpr = T.SUBS
+    D: gl.constexpr = F.D
+    DV: gl.constexpr = F.DV
+    ROWS: gl.constexpr = F.BLOCK_N
+    BLOCK_M: gl.constexpr = F.BLOCK_M
+    DQ_COLS: gl.constexpr = D if SUBS == 2 else D // 2
+    dtype: gl.constexpr = q_s.dtype
+    st: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SUB, 16])
+    dk_l: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    dv_l: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
+    dq_l: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DQ_COLS, 16])
+    as_k: gl.constexpr = gl.DotOperandLayout(0, dk_l, 2)
+    as_v: gl.constexpr = gl.DotOperandLayout(0, dv_l, 2)
+    as_s: gl.constexpr = gl.DotOperandLayout(0, st, 2)
+    col = n0 + CID * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, st))
+    zero_s = gl.zeros((HALF, SUB), gl.float32, st)
+    zero_q = gl.zeros((SUB, DQ_COLS), gl.float32, dq_l)
+    dk = gl.zeros((HALF, D), gl.float32, dk_l)
+    dv = gl.zeros((HALF, DV), gl.float32, dv_l)
+    dq_out = dq_s.index(CID)
+    mbarrier.wait(kv_full, 0)
+    k_own = k_s.index(0).slice(CID * HALF, HALF, 0)
+    v_own = v_s.index(0).slice(CID * HALF, HALF, 0)
+    if T.K_REGS:
+        k_regs = k_own.load(as_s)
+    if T.V_REGS:
+        v_regs = v_own.load(as_s)
+    if T.EARLY:
+        if count > 0:
+            mbarrier.wait(q_full.index(0), 0)
+        if T.K_REGS:
+            k_op = k_regs
+        else:
+            k_op = k_own
+        s_next = warpgroup_mma(k_op, q_s.index(0).permute((1, 0)), zero_s, use_acc=False, is_async=True)
+        s_next = warpgroup_mma_wait(0, deps=(s_next,))
+    for t in range(count):
+        stage = t % STAGES
+        phase = (t // STAGES) & 1
+        head = head_k * group + t // tiles
+        m0 = (first + (t + shift) % tiles) * BLOCK_M
+        z = t >> 30  # 0, but the compiler cannot know: it would keep dozens of shared-memory descriptors in registers
+        if T.K_REGS:
+            k_op = k_regs
+        else:
+            k_op = k_s.index(z).slice(CID * HALF, HALF, 0)
+        if T.V_REGS:
+            v_op = v_regs
+        else:
+            v_op = v_s.index(z).slice(CID * HALF, HALF, 0)
+        masked = (m0 < full_lo) | (m0 + BLOCK_M > full_hi)
+        ds_slot = (t % DS_STAGES) * SUBS
+        if not T.EARLY:
+            mbarrier.wait(q_full.index(stage), phase)
+            s_next = warpgroup_mma(k_op, q_s.index(stage * SUBS).permute((1, 0)), zero_s, use_acc=False, is_async=True)
+        for j in gl.static_range(SUBS):
+            q_j = q_s.index(stage * SUBS + j)
+            do_j = do_s.index(stage * SUBS + j)
+            row = m0 + j * SUB + gl.arange(0, SUB, layout=gl.SliceLayout(0, st))
+            if j == 0:
+                mbarrier.wait(do_full.index(stage), phase)
+            dp = warpgroup_mma(v_op, do_j.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+            if T.SETTLE:
+                mbarrier.wait(do_full.index(stage), phase)
+            lse2 = rows_s.index(stage * SUBS + j).slice(0, SUB, 0).load(gl.SliceLayout(0, st))
+            if T.EARLY and j == 0:
+                s = s_next
+            else:
+                s = warpgroup_mma_wait(1, deps=(s_next,))
+            p = gl.exp2(s * (scale * LOG2E) - lse2[None, :])
+            if masked:
+                lo, hi = row_ranges(ranges_ptr + head * stride_rh, stride_rm, row, sq, sk, window_left, window_right, F)
+                p = gl.where((col[:, None] >= lo[None, :]) & (col[:, None] < hi[None, :]), p, 0.0)
+            dv_t = warpgroup_mma(gl.convert_layout(p.to(dtype), as_v), do_j, dv, is_async=True)
+            if j + 1 < SUBS:
+                s_next = warpgroup_mma(
+                    k_op, q_s.index(stage * SUBS + j + 1).permute((1, 0)), zero_s, use_acc=False, is_async=True
+                )
+                dp = warpgroup_mma_wait(2, deps=(dp,))
+            else:
+                dp = warpgroup_mma_wait(1, deps=(dp,))
+            delta = rows_s.index(stage * SUBS + j).slice(SUB, SUB, 0).load(gl.SliceLayout(0, st))
+            ds = p * (dp - delta[None, :])
+            ds16 = ds.to(dtype)
+            dk_t = warpgroup_mma(gl.convert_layout(ds16, as_k), q_j, dk, is_async=True)
+            ds_s.index(ds_slot + j).slice(CID * HALF, HALF, 0).store(ds16)
+            if j + 1 < SUBS:
+                dv = dv_t
+                dk = dk_t
+        fence_async_shared()
+        bar_sync(9, 256)  # both halves are in shared memory
+        if SUBS == 2:
+            dq_t = warpgroup_mma(
+                ds_s.index(ds_slot + CID).permute((1, 0)), k_s.index(z), zero_q, use_acc=False, is_async=True
+            )
+        else:
+            dq_t = warpgroup_mma(
+                ds_s.index(ds_slot).permute((1, 0)), k_s.index(z).slice(CID * DQ_COLS, DQ_COLS, 1), zero_q,
+                use_acc=False, is_async=True,
+            )  # fmt: skip
+        if T.EARLY:
+            dk, dv = warpgroup_mma_wait(1, deps=(dk_t, dv_t))  # frees their operands' registers
+            after = t + 1
+            if after < count:
+                mbarrier.wait(q_full.index(after % STAGES), (after // STAGES) & 1)
+            s_next = warpgroup_mma(
+                k_op, q_s.index(after % STAGES * SUBS).permute((1, 0)), zero_s, use_acc=False, is_async=True
+            )
+            dq = warpgroup_mma_wait(1, deps=(dq_t,))
+        else:
+            dq, dk, dv = warpgroup_mma_wait(0, deps=(dq_t, dk_t, dv_t))
+        mbarrier.arrive(empty.index(stage))
+        tma_store_wait(0)
+        dq_out.store(dq)
+        fence_async_shared()
+        if SUBS == 2:
+            tma_reduce_add(dq_desc, [batch, head, m0 + CID * SUB, 0], dq_out.reshape((1, 1, SUB, DQ_COLS)))
+        else:
+            tma_reduce_add(dq_desc, [batch, head, m0, CID * DQ_COLS], dq_out.reshape((1, 1, SUB, DQ_COLS)))
+        if T.EARLY:  # ptxas serialises every product of a loop that carries one in flight over its end
+            s_next = warpgroup_mma_wait(0, deps=(s_next,))
+    tma_store_wait(0)
+    bar_sync(9, 256)  # nobody reads the keys any more: their memory takes dK and dV
+    k_own.store((dk * scale).to(dtype))
+    v_own.store((dv * keep_scale).to(dtype))
+    fence_async_shared()
+    bar_sync(9, 256)
+    if CID == 0:
+        tma_store(dk_desc, [batch, head_k, n0, 0], k_s.index(0).reshape((1, 1, ROWS, D)))
+    else:
+        tma_store(dv_desc, [batch, head_k, n0, 0], v_s.index(0).reshape((1, 1, ROWS, DV)))
+    tma_store_wait(0)
+
+
+@gluon.jit
+def _tiles(COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, DTYPE: gl.constexpr):
+    """Shared memory for COUNT tiles, as bulk copies and matrix products want it."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], DTYPE)
+    return gl.allocate_shared_memory(DTYPE, [COUNT, ROWS, COLUMNS], layout)
+
+
+_RUNTIME_INTS = [
+    "HQ", "GROUP", "SQ", "SK", "tiles", "padded", "window_left", "window_right", "threshold", "off_b", "off_h", "off_m",
+    "off_n", "stride_rb", "stride_rh", "stride_rm", "stride_tb", "stride_th", "stride_wb", "stride_wh", "stride_ab",
+]  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=_RUNTIME_INTS)
+def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv_desc,
+                           rows_ptr, ranges_ptr, weight_ptr, slopes_ptr, seed_ptr, plans_ptr, dw_ptr,
+                           stride_rb, stride_rh, stride_rm, stride_tb, stride_th, stride_wb, stride_wh, stride_ab,
+                           scale, softcap, keep_scale, HQ, GROUP, SQ, SK, tiles, padded, window_left, window_right,
+                           threshold, off_b, off_h, off_m, off_n, F: gl.constexpr, T: gl.constexpr):  # fmt: skip
+    """dK, dV of 128 keys and their share of dQ / scale, added into float32. Grid: tiles * HKV * B.
+
+    ``rows_ptr``: float32 [B, HQ, 2 * padded, 2, 64], lse in base 2 and delta of every 64 query rows.
+    """
+    D: gl.constexpr = F.D
+    DV: gl.constexpr = F.DV
+    BLOCK_M: gl.constexpr = F.BLOCK_M
+    BLOCK_N: gl.constexpr = F.BLOCK_N
+    SUBS: gl.constexpr = T.SUBS
+    STAGES: gl.constexpr = T.STAGES
+    DS_STAGES: gl.constexpr = T.DS_STAGES
+    REGS: gl.constexpr = T.REGS
+    dtype: gl.constexpr = q_desc.dtype
+    DQ_COLS: gl.constexpr = D if SUBS == 2 else D // 2
+    pid = gl.program_id(0)
+    tile = pid % tiles
+    HK = HQ // GROUP
+    batch = pid // tiles // HK
+    head_k = pid // tiles % HK
+    n0 = tile * BLOCK_N
+    start, full_start, full_tiles, left, masked_tiles = _plan_queries(
+        plans_ptr, batch.to(gl.int64), head_k * GROUP, stride_tb, stride_th, n0, SQ, SK, window_left, window_right, F
+    )
+    first = start // BLOCK_M
+    met = full_tiles + masked_tiles
+    count = met * GROUP
+    shift = 0
+    if T.ROTATE:
+        shift = tile
+    full_hi = full_start + full_tiles * BLOCK_M
+
+    q_s = gl.allocate_shared_memory(
+        dtype, [STAGES * SUBS, SUB, D], gl.NVMMASharedLayout.get_default_for([SUB, D], dtype)
+    )
+    k_s = gl.allocate_shared_memory(dtype, [1, BLOCK_N, D], gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype))
+    v_s = gl.allocate_shared_memory(dtype, [1, BLOCK_N, DV], gl.NVMMASharedLayout.get_default_for([BLOCK_N, DV], dtype))
+    do_s = gl.allocate_shared_memory(
+        dtype, [STAGES * SUBS, SUB, DV], gl.NVMMASharedLayout.get_default_for([SUB, DV], dtype)
+    )
+    ds_s = gl.allocate_shared_memory(
+        dtype, [DS_STAGES * SUBS, BLOCK_N, SUB], gl.NVMMASharedLayout.get_default_for([BLOCK_N, SUB], dtype)
+    )
+    dq_s = gl.allocate_shared_memory(
+        gl.float32, [2, SUB, DQ_COLS], gl.NVMMASharedLayout.get_default_for([SUB, DQ_COLS], gl.float32)
+    )
+    rows_s = gl.allocate_shared_memory(gl.float32, [STAGES * SUBS, 2 * SUB], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(kv_full, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i), count=2)
+        mbarrier.init(do_full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    row_head = padded * 128
+    row_plane = batch * HQ * row_head
+    descs = (dq_desc, dk_desc, dv_desc)
+    pointers = (ranges_ptr + batch.to(gl.int64) * stride_rb, weight_ptr, slopes_ptr, seed_ptr, dw_ptr)
+    smem = (q_s, k_s, v_s, do_s, ds_s, dq_s, rows_s)
+    bars = (kv_full, q_full, do_full, empty)
+    where = (batch, head_k, n0, GROUP, first, met, count, shift, full_start, full_hi)
+    strides = (stride_rh, stride_rm)
+    numbers = (scale, softcap, keep_scale, SQ, SK, window_left, window_right, threshold, off_b, off_h, off_m, off_n)
+    gl.warp_specialize([
+        (_consumer, (descs, pointers, smem, bars, where, strides, numbers, 0, F, T)),
+        (_consumer, (descs, pointers, smem, bars, where, strides, numbers, 1, F, T)),
+        (_producer, ((q_desc, k_desc, v_desc, do_desc), rows_ptr, (q_s, k_s, v_s, do_s, rows_s), bars,
+                     (batch, head_k, n0, GROUP, first, met, count, shift, row_plane, row_head), F, T)),
+    ], [4, 1], [REGS, 24])  # fmt: skip

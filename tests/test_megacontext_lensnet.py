@@ -10,6 +10,7 @@ import torch
 
 from hf_flash_mc.megacontext.config import MegaContextConfig
 from hf_flash_mc.megacontext.layers import split_attention
+from hf_flash_mc.megacontext.lens_graph import GraphedLens
 from hf_flash_mc.megacontext.lensnet import (
     DualLens,
     GistMassLens,
@@ -212,6 +213,10 @@ def test_split_attention_is_attention_with_gradients(keys, chunks):
     dout = torch.randn(1, 3, 6, 8, dtype=torch.float64)
     exact, _ = reference_attention(q, k, v)
     out = split_attention(q, k, v, chunks)
+    seen = keys // 2 + 1
+    few, _ = reference_attention(q, k[:, :, :seen], v[:, :, :seen])
+    counted = split_attention(q, k, v, chunks, torch.tensor(seen, dtype=torch.int32))
+    torch.testing.assert_close(counted, few, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(out, exact, rtol=1e-9, atol=1e-9)
     wanted, found = (torch.autograd.grad(x, (q, k, v), dout) for x in (exact, out))
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
@@ -224,6 +229,43 @@ def test_cursor_may_be_a_tensor_and_a_graph_is_whole(kind):
     assert torch.equal(lens.score(moved), lens.score(x))
     compiled = torch.compile(lens.score, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(moved), lens.score(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gist_mass", "recency", *TRAINED])
+@pytest.mark.parametrize("pad", [3, 1200], ids="pad{}".format)  # with 1200 the dual lens reads its keys in parts
+def test_padding_changes_nothing(kind, pad):
+    lens, x = shaken(config(kind, **({"prior": "gist_mass"} if kind in TRAINED else {}))), context()
+    n, wanted = len(x.lod), lens.score(x)
+    rows = {name: getattr(x, name) for name in ("start", "lod", "entries", "attention_mass")}
+    rows = {name: torch.cat((v, 5 * torch.ones_like(v[:1]).expand(pad, *v.shape[1:]))) for name, v in rows.items()}
+    rows["lod"][n:] = 1
+    score = lens.score(dataclasses.replace(x, **rows, count=torch.tensor(n, dtype=torch.int32)))
+    torch.testing.assert_close(score[:n], wanted, rtol=1e-4, atol=1e-5)
+    assert not score[n:].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["gist_mass", *TRAINED])
+def test_graphed_lens_equals_the_lens_as_entries_and_weights_change(kind):
+    lens = shaken(config(kind)).cuda()
+    graphed = GraphedLens(lens, capacity=256)
+    for sizes in ((6, 20, 40), (9, 30, 60), (3, 8, 40)):
+        x = context(*sizes)
+        rows = ("start", "lod", "entries", "tail", "attention_mass")
+        x = dataclasses.replace(x, generator=None, **{name: getattr(x, name).cuda() for name in rows})
+        torch.testing.assert_close(graphed.score(x), lens.score(x).detach(), rtol=1e-3, atol=1e-4)
+        with torch.no_grad():
+            for p in lens.parameters():
+                p.mul_(0.9)
+    with pytest.raises(ValueError, match="at most 256 entries"):
+        graphed.score(dataclasses.replace(x, start=x.start.repeat(9), lod=x.lod.repeat(9)))
+
+
+def test_graphed_lens_refuses_what_it_cannot_hold():
+    with pytest.raises(ValueError, match="RandomLens"):
+        GraphedLens(RandomLens(config()), capacity=256)
+    with pytest.raises(ValueError, match="on a GPU"):
+        GraphedLens(GistMassLens(config()), capacity=256).score(dataclasses.replace(context(), generator=None))
 
 
 def test_input_of_a_working_context():
@@ -242,7 +284,7 @@ def test_input_of_a_working_context():
         (config("dual"), "entries", "entries: DualLens"),
         (config("dual"), "tail", "tail: DualLens"),
         (config("transformer"), "entries", "entries: TransformerLens"),
-        (config("transformer", prior="gist_mass"), "attention_mass", "attention_mass: GistMassLens"),
+        (config("transformer", prior="gist_mass"), "attention_mass", "attention_mass: (GistMass|Transformer)Lens"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

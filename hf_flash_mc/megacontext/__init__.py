@@ -17,6 +17,7 @@ _HOME = {
     "FileStore": "store",
     "FocusAllocator": "allocator",
     "GistMassLens": "lensnet",
+    "GraphedLens": "lens_graph",
     "InvariantError": "working_context",
     "KVGist": "gistnet",
     "Lens": "lensnet",

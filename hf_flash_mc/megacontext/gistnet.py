@@ -113,6 +113,7 @@ class KVGist(nn.Module):
             ValueError: shapes or lod do not fit the config, or positions are given without a rope.
         """
         self._check(keys, values, lod, positions)
+        dtype = keys.dtype
         keys = self._placed(keys, lod, positions)
         values = values.float()
         if self.settings.pooling == "query":
@@ -122,7 +123,7 @@ class KVGist(nn.Module):
         else:
             pooled_key, pooled_value = keys.mean(1), values.mean(1)
         if self.settings.rank:
-            key_residual, value_residual = self._residual(keys, values)
+            key_residual, value_residual = self._residual(keys, values, dtype)
             pooled_key, pooled_value = pooled_key + key_residual, pooled_value + value_residual
         return PooledKV(pooled_key, pooled_value)
 
@@ -166,10 +167,10 @@ class KVGist(nn.Module):
             return rope.rotate(keys.float(), (cos / scaling)[..., None, :], (sin / scaling)[..., None, :])
         return keys.float()
 
-    def _residual(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Low-rank residual of pooled key and value, ``[n, L, Hkv, D]`` each."""
-        features = torch.cat((rms_norm(keys), rms_norm(values)), -1)  # [n, K, L, Hkv, 2 D]
-        hidden = torch.einsum("nklhd,lhdr->nklhr", features, self.down.float())
+    def _residual(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Low-rank residual of pooled key and value, ``[n, L, Hkv, D]`` each; features are held in ``dtype``."""
+        features = torch.cat((rms_norm(keys).to(dtype), rms_norm(values).to(dtype)), -1)  # [n, K, L, Hkv, 2 D]
+        hidden = torch.einsum("nklhd,lhdr->nklhr", features, self.down.to(dtype)).float()
         hidden = F.gelu(hidden + self.place.float().permute(2, 0, 1, 3)).mean(1)  # [n, L, Hkv, rank]
         key, value = torch.einsum("nlhr,lhrd->nlhd", hidden, self.up.float()).chunk(2, -1)
         return key * _rms(keys), value * _rms(values)

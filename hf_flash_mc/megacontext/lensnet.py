@@ -28,7 +28,8 @@ class LensInput:
     token goes), an int or an int64 tensor of no dimension.
     entries: ``[N, d]``, an embedding of each entry; tail: ``[t, d]``, gists of the latest history in any order;
     attention_mass: ``[N]``, attention that the latest queries pay to each entry, summed or averaged over layers and
-    heads, any scale; generator: for random choices. None where a lens does not need it.
+    heads, any scale; generator: for random choices. None where a lens does not need it. count: int32 of no dimension
+    where only the first entries are real and the rest is padding, whose score is 0 (for CUDA graphs: ``GraphedLens``).
     """
 
     start: Tensor
@@ -38,12 +39,18 @@ class LensInput:
     tail: Tensor | None = None
     attention_mass: Tensor | None = None
     generator: torch.Generator | None = None
+    count: Tensor | None = None
 
     @classmethod
     def of(cls, context: Any, device: Any = "cpu", **more: Any) -> LensInput:
         """From a WorkingContext (its ``start``, ``lod`` and ``total``) and the other fields."""
         start = torch.tensor(context.start, dtype=torch.int64, device=device)
         return cls(start, torch.tensor(context.lod, dtype=torch.int64, device=device), int(context.total), **more)
+
+    @property
+    def real(self) -> Tensor | None:
+        """Which entries are no padding: bool ``[N]``; None for all."""
+        return None if self.count is None else torch.arange(len(self.lod), device=self.lod.device) < self.count
 
     def need(self, name: str, lens: Any) -> Tensor:
         """The field ``name``, or a ValueError that says which lens misses it."""
@@ -74,7 +81,9 @@ class Lens(nn.Module):
         """Legal scores: float32 ``[N]`` in [-1, 1]. Where legality clips a score its gradient is 0."""
         score, lod = self(context).float(), context.lod
         low = torch.where(lod == self.max_lod, 0.0, -1.0)
-        return torch.minimum(torch.maximum(score, low), torch.where(lod == 0, 0.0, 1.0))
+        score = torch.minimum(torch.maximum(score, low), torch.where(lod == 0, 0.0, 1.0))
+        real = context.real
+        return score if real is None else torch.where(real, score, 0.0)
 
     def span(self, lod: Tensor) -> Tensor:
         """Tokens that entries stand for: int64 ``[N]``."""
@@ -115,9 +124,15 @@ class GistMassLens(Lens):
         mass = context.need("attention_mass", self).float()
         end = context.start + self.span(context.lod)
         fixed = (end <= self.sink_tokens) | (end > context.cursor - self.recent_tokens)
-        middle = torch.where(fixed, torch.nan, mass).nanmedian()
-        total = mass + middle
-        return torch.where(total > 0, (mass - middle) / total, 0.0)
+        if (real := context.real) is not None:
+            fixed = fixed | ~real
+        return _compared(mass, torch.where(fixed, torch.nan, mass).nanmedian())
+
+
+def _compared(mass: Tensor, usual: Tensor) -> Tensor:
+    """(m - m0) / (m + m0), 0 where both are 0."""
+    total = mass + usual
+    return torch.where(total > 0, (mass - usual) / total, 0.0)
 
 
 class RandomLens(Lens):
@@ -185,11 +200,10 @@ class TrainedLens(Lens):
             raise ValueError("config: expected hidden_size (or lens['entry_dim']), got None")
         self.head_dim, width = head_dim_of(settings.width, settings.head_dim), settings.width
         self.project = nn.Linear(size, width, bias=False)
-        self.features = nn.Linear(self.max_lod + 5, width)
+        self.features = nn.Linear(self.max_lod + 6, width, bias=False)
         self.head = nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, 1))
         kind = PRIORS[settings.prior]
         self.prior = None if kind is None else kind(config)
-        self.mass = GistMassLens(config)
 
     def finish(self) -> None:
         """Initialise; the last layer is zero, so that the untrained lens is its prior."""
@@ -198,10 +212,11 @@ class TrainedLens(Lens):
         nn.init.zeros_(last.weight)  # type: ignore[arg-type]
 
     def describe(self, context: LensInput) -> Tensor:
-        """Features of entries, all within [-1, 1]: ``[N, max_lod + 5]``.
+        """Features of entries, all within [-1, 1]: ``[N, max_lod + 6]``.
 
-        The level (one of max_lod + 1), the distance to the cursor, linear and logarithmic, and the relative attention
-        mass with a flag that says whether it is known.
+        The level (one of max_lod + 1), the distance to the cursor, linear and logarithmic, the attention mass against
+        its mean (a median costs 0.05 ms), whether it is known, and 1 (a bias: eight columns multiply twice as fast as
+        seven).
         """
         levels = torch.arange(self.max_lod + 1, device=context.lod.device)
         level = (context.lod[:, None] == levels).float()
@@ -210,7 +225,10 @@ class TrainedLens(Lens):
         if context.attention_mass is None:
             columns += [torch.zeros_like(away)] * 2
         else:
-            columns += [self.mass(context), torch.ones_like(away)]
+            mass, real, n = context.need("attention_mass", self).float(), context.real, context.count
+            mean = mass.mean() if real is None or n is None else torch.where(real, mass, 0.0).sum() / n
+            columns += [_compared(mass, mean), torch.ones_like(away)]
+        columns.append(torch.ones_like(away))
         return torch.cat((level, torch.stack(columns, 1)), 1)
 
     def encode(self, name: str, context: LensInput) -> Tensor:
@@ -250,7 +268,7 @@ class DualLens(TrainedLens):
         x = x + features
         chunks = STAGE_1_CHUNKS if x.shape[1] >= 64 * STAGE_1_CHUNKS else 1
         for gather, spread in zip(self.gather, self.spread, strict=True):
-            tail = gather(tail, x, chunks=chunks)
+            tail = gather(tail, x, chunks=chunks, count=context.count)
             x = x + spread(rms_norm(x), rms_norm(tail))
         return self.finished(x, features, context)
 
@@ -278,7 +296,7 @@ class TransformerLens(TrainedLens):
         features = self.features(self.describe(context).to(x.dtype))[None]
         x = x + features
         for block in self.blocks:
-            x = block(x, tables=tables)
+            x = block(x, tables=tables, count=context.count)
         return self.finished(x, features, context)
 
 

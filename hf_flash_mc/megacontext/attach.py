@@ -1,4 +1,4 @@
-"""attach_megacontext and detach_megacontext: the add-on on a transformers model, and the checks that it is exact there."""
+"""attach_megacontext and detach_megacontext: the add-on on a transformers model, once it is known to be exact there."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class MegaContext(nn.Module, ModelHubMixin):
                 patch_model(self.base)
             self.enabled = True
 
-    def save_pretrained(self, save_directory: str | Path, **unused: Any) -> None:  # type: ignore[override]
-        """Write the add-on alone into a folder: safetensors and JSON. `push_to_hub` of huggingface_hub's mixin calls it."""
+    def save_pretrained(self, save_directory: str | Path, **unused: Any) -> None:
+        """Write the add-on alone into a folder: safetensors and JSON. The mixin's `push_to_hub` calls it."""
         from .io import save_addon
 
         save_addon(self, save_directory)
@@ -92,7 +92,7 @@ class MegaContext(nn.Module, ModelHubMixin):
 
         return load_megacontext(model, name, **options).megacontext
 
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:  # type: ignore[override]
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
         """Own weights; nothing where a parent asks, whose checkpoint must not change."""
         if prefix:
             return kwargs.get("destination")
@@ -123,7 +123,9 @@ def attach_megacontext(model: Any, config: MegaContextConfig | None = None) -> A
     """
     root = find_root(model)
     if hasattr(root, NAME):
-        raise ValueError(f"model: {type(root).__name__} has a megacontext already; call detach_megacontext(model) first")
+        raise ValueError(
+            f"model: {type(root).__name__} has a megacontext already; call detach_megacontext(model) first"
+        )
     config = complete_config(root, config)
     layer_windows(root)
     rope = rope_of(root)
@@ -137,8 +139,8 @@ def attach_megacontext(model: Any, config: MegaContextConfig | None = None) -> A
         if patched_here:
             unpatch_model(model)
         raise
-    embedding = root.get_input_embeddings().weight
-    addon = addon.to(embedding.device).train(root.training)
+    device: torch.device = root.get_input_embeddings().weight.device  # type: ignore[assignment]
+    addon = addon.to(device).train(root.training)
     addon._hold, addon._patched_here = (root,), patched_here
     root.add_module(NAME, addon)
     return model
@@ -184,9 +186,15 @@ def complete_config(root: Any, config: MegaContextConfig | None) -> MegaContextC
             f"config: it is for another base model ({config.base_model_name_or_path}) than {type(root).__name__}: "
             + "; ".join(wrong)
         )
-    name = config.base_model_name_or_path or getattr(root.config, "_name_or_path", "") or type(root).__name__
-    name = Path(name).resolve().name if Path(name).is_dir() else name  # a folder may move; its path is nobody's business
+    name = config.base_model_name_or_path or base_name(root)
     return dataclasses.replace(config, base_model_name_or_path=name, **sizes)
+
+
+def base_name(model: Any) -> str:
+    """What files call the base model: its name on the hub, its folder's name (which may move), or its class."""
+    root = find_root(model)
+    name = getattr(root.config, "_name_or_path", "") or type(root).__name__
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def layer_windows(root: Any) -> list[int | None]:
@@ -203,8 +211,8 @@ def layer_windows(root: Any) -> list[int | None]:
             other.append(type(layer).__name__)
     if other:
         raise NotImplementedError(
-            f"model: expected layers with full or sliding attention, got {', '.join(other)} in {type(root).__name__}; a "
-            "working context cannot stand in for their state"
+            f"model: expected layers with full or sliding attention, got {', '.join(other)} in {type(root).__name__}; "
+            "a working context cannot stand in for their state"
         )
     return windows
 
@@ -244,8 +252,8 @@ def _check_rotation(root: Any, config: MegaContextConfig, rope: Rope) -> None:
     if not bool((error <= bound).all()):
         worst = int(error.nan_to_num(torch.inf).argmax())
         raise NotImplementedError(
-            f"model: keys of {type(root).__name__} are not its rotary positions' alone (layer {worst}: {error[worst]:.1e} "
-            f"off, expected at most {bound:.0e}); gists cannot be moved exactly in this family"
+            f"model: keys of {type(root).__name__} depend on more than its rotary positions (layer {worst}: "
+            f"{error[worst]:.1e} off, expected at most {bound:.0e}); gists cannot be moved exactly in this family"
         )
 
 
@@ -256,8 +264,9 @@ def _keys_of_one_token(root: Any, position: int) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([[min(7, root.config.get_text_config(decoder=True).vocab_size - 1)]], device=device)
     where = torch.tensor([[position]], device=device)
     root(input_ids=ids, position_ids=where, use_cache=True, **{cache_argument(root): cache})
-    keys = [layer.keys[0, :, 0].to(device) for layer in cache.layers]
-    values = [layer.values[0, :, 0].to(device) for layer in cache.layers]
+    layers: list[Any] = list(cache.layers)
+    keys = [layer.keys[0, :, 0].to(device) for layer in layers]
+    values = [layer.values[0, :, 0].to(device) for layer in layers]
     if len({k.shape for k in keys + values}) > 1:
         raise NotImplementedError(
             "model: expected keys and values of one size in all layers, got "

@@ -31,7 +31,7 @@ class SlotLayer(CacheLayerMixin):
         """Nothing: the cache is allocated at once."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Put new keys and values [1, Hkv, S, D] into the columns that `open` reserved; returns all [1, Hkv, end, D]."""
+        """Put keys and values [1, Hkv, S, D] into the columns that `open` reserved; returns all [1, Hkv, end, D]."""
         cache, (first, last) = self.cache, self.cache.columns
         if key_states.shape[0] != 1 or key_states.shape[2] != last - first:
             raise ValueError(
@@ -53,8 +53,8 @@ class SlotLayer(CacheLayerMixin):
         """
         if attention_mask is not None and attention_mask.shape[-1] != 2:
             raise NotImplementedError(
-                "attention_mask: a MegaContextCache takes no padding and no mask of its user; run the model through the "
-                "session, one history at a time"
+                "attention_mask: a MegaContextCache takes no padding and no mask of its user; run the model through "
+                "the session, one history at a time"
             )
         cache = self.cache
         cache.reached += 1
@@ -163,10 +163,6 @@ class MegaContextCache(Cache):
             self._query_at = kept % self.observe if count >= self.observe else (self._query_at + kept) % self.observe
             self._query_count = min(self._query_count + kept, self.observe)
 
-    def abandon(self, slots: np.ndarray) -> None:
-        """Give back columns of a forward that failed."""
-        self.release(slots)
-
     def needs_compaction(self, count: int) -> bool:
         return count > 1 and self.end + count > self.capacity
 
@@ -217,7 +213,7 @@ class MegaContextCache(Cache):
         """
         index = self._index(slots)
         self.kv.index_copy_(3, index, payload.to(self.kv).permute(1, 2, 3, 0, 4))
-        self.token.index_copy_(0, index, torch.from_numpy(np.ascontiguousarray(token)).to(self.device))
+        self.token.index_copy_(0, index, torch.from_numpy(np.array(token, np.int64)).to(self.device))
         self.gist[slots] = log_weight is not None
         if log_weight is None:
             self.log_weight.index_fill_(2, index, 0.0)
@@ -229,7 +225,7 @@ class MegaContextCache(Cache):
         return self.kv.index_select(3, self._index(slots)).permute(3, 0, 1, 2, 4)
 
     def window_mask(self, window: int) -> Tensor:
-        """bool [1, 1, S, end]: the slots whose token lies less than ``window`` before the row's; made once a forward."""
+        """bool [1, 1, S, end]: slots whose token lies less than ``window`` before the row's; made once a forward."""
         if window not in self._masks:
             first, last = self.columns
             seen = self.token[first:last, None] - self.token[None, : self.end] < window
@@ -262,6 +258,12 @@ class MegaContextCache(Cache):
         )
         return self.queries.index_select(2, rows)
 
+    def set_queries(self, queries: Tensor) -> None:
+        """Put saved `last_queries` back."""
+        count = queries.shape[2]
+        self.queries[:, :, :count] = queries.to(self.queries)
+        self._query_count, self._query_at = count, count % max(self.observe, 1)
+
     @torch.no_grad()
     def attention_mass(self, scaling: list[float], softcap: float | None = None) -> Tensor:
         """The share of attention that each column got from the last queries, float32 [end]: mean over layers and heads.
@@ -293,4 +295,4 @@ class MegaContextCache(Cache):
         self._query_at, self._query_count = 0, 0
 
     def _index(self, slots: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(slots, np.int64)).to(self.device)
+        return torch.from_numpy(np.array(slots, np.int64)).to(self.device)

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 DEFAULT_NEW_TOKENS = 20  # as in transformers
 # settings that ask for more than one sequence, or for a second model
 _ONE = {"num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1}
-_OFF = ("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "guidance_scale", "constraints", "watermarking_config")
+_OFF = (
+    "penalty_alpha",
+    "dola_layers",
+    "prompt_lookup_num_tokens",
+    "guidance_scale",
+    "constraints",
+    "watermarking_config",
+)
 
 
 @torch.no_grad()
@@ -32,13 +39,13 @@ def generate(
 ) -> Tensor:
     """Read ``input_ids`` (if any) and continue the history, greedily or by sampling.
 
-    Settings mean what they mean in transformers' ``model.generate``: they are a GenerationConfig's, over the model's own
-    one; logits processors see the last ``w_max`` tokens of the history. The history then holds the new tokens too.
+    Settings mean what they mean in transformers' ``model.generate``: they are a GenerationConfig's, over the model's
+    own one; logits processors see the last ``w_max`` tokens of the history. The history then holds the new tokens too.
 
     Args:
         input_ids: token ids ``[n]`` or ``[1, n]``, or None to go on.
         generation_config, logits_processor, stopping_criteria, streamer, tokenizer: as in transformers.
-        refocus: refocus before the first new token, and then every ``refocus_interval`` tokens. While all of the history
+        refocus: refocus before the first new token, and then every ``refocus_interval`` tokens. While all history
             is in the window as tokens there is nothing to refocus, and this is the base model's own generation.
         options: fields of a GenerationConfig: max_new_tokens, do_sample, temperature, top_p, ...
 
@@ -94,7 +101,8 @@ def _settings(session: MegaContextSession, given: Any, options: dict[str, Any], 
     config, unknown = session.model._prepare_generation_config(given, **options)
     if unknown:
         raise ValueError(f"generate: expected fields of a GenerationConfig, got {sorted(unknown)}")
-    wrong = [f"{name}={getattr(config, name)}" for name, one in _ONE.items() if getattr(config, name, one) not in (one, None)]
+    asked = {name: getattr(config, name, None) for name in _ONE}
+    wrong = [f"{name}={value}" for name, value in asked.items() if value not in (None, _ONE[name])]
     wrong += [name for name in _OFF if getattr(config, name, None) not in (None, 1, 1.0)]
     if wrong or config.return_dict_in_generate:
         wrong += ["return_dict_in_generate"] * bool(config.return_dict_in_generate)
@@ -107,6 +115,8 @@ def _settings(session: MegaContextSession, given: Any, options: dict[str, Any], 
         read = len(session) + (0 if input_ids is None else torch.as_tensor(input_ids).numel())
         limit = config.max_length - read
         if limit < 1:
-            raise ValueError(f"max_length: expected more than the {read} tokens of the history, got {config.max_length}")
+            raise ValueError(
+                f"max_length: expected more than the {read} tokens of the history, got {config.max_length}"
+            )
     limit = DEFAULT_NEW_TOKENS if limit is None else int(limit)
     return config, limit

@@ -14,7 +14,7 @@ from .config import MegaContextConfig
 from .gistnet import KVGist
 from .positions import Numbering, rearrange
 from .rope import Rope
-from .store import FileStore, MemoryStore, Store
+from .store import FileStore, MemoryStore, Store, StoreError
 from .tree import MegaContextTree
 from .working_context import Change, WorkingContext
 
@@ -33,14 +33,27 @@ class KVMemory:
     """
 
     def __init__(
-        self, config: MegaContextConfig, cache: MegaContextCache, gist: KVGist, rope: Rope, folder: Path | None, **options
+        self,
+        config: MegaContextConfig,
+        cache: MegaContextCache,
+        gist: KVGist,
+        rope: Rope,
+        folder: Path | None,
+        *,
+        durable: bool = False,
     ) -> None:
         self.config, self.cache, self.gist, self.rope = config, cache, gist, rope
         self.dtype = cache.kv.dtype
-        self.tree = MegaContextTree(config, folder=folder, pool=self._pool, payload_dtype=self.dtype, **options)
-        self.places = _open_places(config, folder)
-        if len(self.places) > len(self.tree):  # killed between the two
-            self.places.truncate(len(self.tree))
+        self.tree = MegaContextTree(config, folder=folder, pool=self._pool, payload_dtype=self.dtype, durable=durable)
+        try:
+            self.places = open_places(config, folder)
+        except BaseException:
+            self.tree.close()
+            raise
+        if len(self.places) < len(self.tree):
+            self.close()
+            raise StoreError(f"{PLACES}: expected {len(self.tree)} positions, got {len(self.places)}; restore the file")
+        self.places.truncate(len(self.tree))  # killed between the two
         self.numbering = Numbering(config)
         self.slots = np.empty(0, np.int64)
 
@@ -172,7 +185,7 @@ class KVMemory:
             self.cache.write(slots[chosen], part, token[chosen], weight)
 
     def restore(self, wc: WorkingContext, tail: Tensor) -> None:
-        """Fill an empty cache for a working context: tokens that are not in the tree from ``tail`` [n, L, 2, Hkv, D]."""
+        """Fill an empty cache for a working context; ``tail`` [n, L, 2, Hkv, D]: of the tokens outside the tree."""
         self.slots = self.cache.take(len(wc))
         count = tail.shape[0]
         split = len(wc) - count
@@ -182,6 +195,13 @@ class KVMemory:
             self._write(self.slots[part], wc, part, self.fetch(wc.start[part], wc.lod[part], centres[part]))
         if count:
             self.cache.write(self.slots[split:], tail.to(self.cache.device), wc.start[split:])
+
+    def truncate(self, total: int) -> None:
+        """Forget the tree's tokens from number ``total`` on."""
+        if total > self.committed:
+            raise StoreError(f"the tree holds {self.committed} tokens, expected at least {total}; restore its files")
+        self.tree.truncate(total)
+        self.places.truncate(total)
 
     def flush(self, durable: bool = False) -> None:
         """Hand the tree's files to the operating system, and with ``durable`` to the disk."""
@@ -193,7 +213,8 @@ class KVMemory:
         self.tree.close()
 
 
-def _open_places(config: MegaContextConfig, folder: Path | None) -> Store:
+def open_places(config: MegaContextConfig, folder: Path | None) -> Store:
+    """The positions at which tokens' keys are rotated: int32, one for each token of the tree."""
     if folder is None:
         return MemoryStore((), torch.int32)
     about: dict[str, Any] = {"level": 0, "block_size": config.block_size, "model_id": config.base_model_name_or_path}

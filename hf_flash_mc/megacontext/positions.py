@@ -11,8 +11,8 @@ from .working_context import Change
 class Numbering:
     """Positions of the slots, in step with a `WorkingContext`.
 
-    A slot takes a range of positions, ``position[i]`` to the next slot's; a token takes one, a gist as many as the tokens
-    it stands for, so that positions are the tokens' own. Once the history is longer than the model's range,
+    A slot takes a range of positions, ``position[i]`` to the next slot's; a token takes one, a gist as many as the
+    tokens it stands for, so that positions are the tokens' own. Once the history is longer than the model's range,
     "compressed" renumbers the slots, order kept: a gist takes at most c positions, with the largest c for which all fit
     and an eighth of the range stays free for what comes. A gist's key stands in the middle of its range.
 

@@ -33,6 +33,7 @@ class MegaContextSession:
         chunk_size: tokens of one forward of `ingest`.
         observe: last queries whose attention to each slot the lens is given.
         seed: of the random lens.
+        resume: tokens of the tree that a saved session has; only `load_session` knows.
 
     Attributes:
         working_context, tree, cache: see their classes. One session is one history: batch size 1, not thread-safe.
@@ -47,6 +48,7 @@ class MegaContextSession:
         chunk_size: int = CHUNK,
         observe: int = OBSERVED,
         seed: int = 0,
+        resume: int | None = None,
     ) -> None:
         if addon.config.backend != "kv":
             raise NotImplementedError(
@@ -72,11 +74,18 @@ class MegaContextSession:
         )
         rope = addon.gist.rope
         self.memory = KVMemory(self.config, self.cache, addon.gist, rope, self.folder, durable=durable)
-        if self.memory.committed:
-            raise ValueError(
-                f"folder: {self.folder} holds a history of {self.memory.committed} tokens; choose an empty folder, or "
-                "model.megacontext.load_session(folder) for a saved session"
-            )
+        held = self.memory.committed
+        try:
+            if resume is not None:
+                self.memory.truncate(resume)
+            elif held:
+                raise ValueError(
+                    f"folder: {self.folder} holds a history of {held} tokens; choose an empty folder, or "
+                    "model.megacontext.load_session(folder) for a saved session"
+                )
+        except BaseException:
+            self.memory.close()
+            raise
         self.working_context = WorkingContext(self.config)
         self.allocator, self.allocation = FocusAllocator(self.config), AllocatorState.initial()
         self.stats = Telemetry()
@@ -382,7 +391,9 @@ class MegaContextSession:
 
 def _attention_scales(model: Any, head_dim: int) -> tuple[list[float], float | None]:
     """Each layer's factor on q.k, and the soft cap of logits."""
-    modules = [m for m in model.modules() if hasattr(m, "_mc_record") and isinstance(getattr(m, "layer_idx", None), int)]
+    modules = [
+        m for m in model.modules() if hasattr(m, "_mc_record") and isinstance(getattr(m, "layer_idx", None), int)
+    ]
     modules.sort(key=lambda m: m.layer_idx)
     return [float(getattr(m, "scaling", None) or head_dim**-0.5) for m in modules], next(
         (float(m.attn_logit_softcapping) for m in modules if getattr(m, "attn_logit_softcapping", None)), None
@@ -390,6 +401,6 @@ def _attention_scales(model: Any, head_dim: int) -> tuple[list[float], float | N
 
 
 def _progress_bar(total: int) -> Any:
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     return tqdm(total=total, unit="token", unit_scale=True, desc="ingest")

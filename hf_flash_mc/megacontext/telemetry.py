@@ -53,6 +53,18 @@ class Telemetry:
             self.refocuses += 1
             self._swapped.append(swapped / max(1, len(wc)))
 
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, fit for JSON."""
+        values = {**vars(self), "_since": [[*node, at] for node, at in self._since.items()]}
+        return {**values, "seconds": dict(self.seconds)}
+
+    def load_dict(self, values: dict[str, Any]) -> None:
+        """The inverse of ``to_dict``."""
+        vars(self).update(values)
+        self.seconds = defaultdict(float, values["seconds"])
+        self.edits = [tuple(edit) for edit in values["edits"]]
+        self._since = {(start, lod): at for start, lod, at in values["_since"]}
+
     def summary(self, wc: WorkingContext, w_max: int) -> dict[str, Any]:
         """Numbers by name, fit for `accelerate`'s trackers: ``accelerator.log(session.telemetry())``.
 

@@ -106,7 +106,7 @@ class WorkingContext:
     def __init__(self, config: MegaContextConfig) -> None:
         self.config = config
         self.spans = np.int64(config.block_size) ** np.arange(config.max_lod + 1)  # tokens of a node of each level
-        self._seen = 0  # the longest history so far: it never gets shorter
+        self._cost = self._total = self._seen = 0  # slots, tokens, and the longest history so far
         none = np.empty(0, np.int64)
         self._set(none, none.astype(np.int8), none, 0)
 
@@ -272,8 +272,8 @@ class WorkingContext:
     def check_invariants(self, tree: MegaContextTree | None = None, positions: np.ndarray | None = None) -> None:
         """All eight rules; InvariantError names the broken one.
 
-        ``tree``: the history that this context shows (its nodes and gist versions must agree; the last tokens may not be
-        in it yet). ``positions`` [N]: the absolute positions in use, if they are to be checked.
+        ``tree``: the history that this context shows (its nodes and gist versions must agree; the last tokens may not
+        be in it yet). ``positions`` [N]: the absolute positions in use, if they are to be checked.
         """
         start, lod, top = self.start, self.lod, self.config.max_lod
         _require("budget", self._cost <= self.config.w_max, f"{self._cost} slots of {self.config.w_max}")

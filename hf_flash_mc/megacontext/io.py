@@ -1,0 +1,244 @@
+"""Files: the add-on (safetensors and JSON, no base weights), and sessions that go on where they stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .allocator import AllocatorState
+from .attach import MegaContext, attach_megacontext, base_name, detach_megacontext
+from .config import MegaContextConfig
+from .store import StoreError
+from .tree import MegaContextTree
+from .working_context import InvariantError, WorkingContext
+
+if TYPE_CHECKING:
+    from .session import MegaContextSession
+
+WEIGHTS, CONFIG = "megacontext_model.safetensors", "megacontext_config.json"
+STATE, SUMMARY = "session.safetensors", "session.json"
+FORMAT = 1
+COPIED = 4096  # tokens of a history copied at a time
+
+
+def save_addon(addon: MegaContext, folder: str | Path) -> None:
+    """Write GistNet, LensNet and the config into ``folder``; never base weights."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_tensors(folder / WEIGHTS, addon.state_dict())
+    _write_json(folder / CONFIG, {"format": FORMAT, **addon.config.to_dict()})
+
+
+def load_megacontext(model: Any, name: str | Path, *, any_base: bool = False, **hub_options: Any) -> Any:
+    """Attach a saved add-on to its base model; returns the model. Nothing is attached where anything is wrong.
+
+    Args:
+        model: the base model, without an add-on.
+        name: a folder of `save_pretrained`, or the name of a repository on the hub.
+        any_base: take a base model of another name if its sizes agree (a renamed copy, say).
+        hub_options: of `huggingface_hub.snapshot_download`: revision, token, cache_dir, ...
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: another base model, another format, missing or extra weights.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(str(name), allow_patterns=[WEIGHTS, CONFIG], **hub_options))
+    values = _read_json(folder / CONFIG, FORMAT)
+    values.pop("format")
+    try:
+        config = MegaContextConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    weights = _read_tensors(folder / WEIGHTS)
+    mine, theirs = base_name(model), config.base_model_name_or_path
+    if mine != theirs and not any_base:
+        raise ValueError(
+            f"{folder}: it was made for the base model {theirs!r}, got {mine!r}; load it on that one, or pass "
+            "any_base=True if this is the same model under another name"
+        )
+    attach_megacontext(model, config)  # checks the sizes
+    addon = model.megacontext
+    try:
+        _check_weights(folder / WEIGHTS, weights, addon.state_dict())
+        addon.load_state_dict(weights)
+    except BaseException:
+        detach_megacontext(model)
+        raise
+    return model
+
+
+def _check_weights(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    problems = [f"missing {name}" for name in sorted(wanted.keys() - found.keys())]
+    problems += [f"unexpected {name}" for name in sorted(found.keys() - wanted.keys())]
+    problems += [
+        f"{name}: expected {list(wanted[name].shape)}, got {list(found[name].shape)}"
+        for name in sorted(wanted.keys() & found.keys())
+        if wanted[name].shape != found[name].shape
+    ]
+    if problems:
+        raise ValueError(f"{path}: weights do not fit {CONFIG} beside it: {'; '.join(problems)}; nothing was loaded")
+
+
+def save_session(session: MegaContextSession, folder: str | Path) -> None:
+    """Write a session so that `load_session` gives it back as it is: history, working context, positions, state.
+
+    Its own folder only gets what is not there yet; another folder gets a copy of the whole history, and must be empty.
+    """
+    folder = Path(folder)
+    own = session.folder is not None and folder.resolve() == session.folder.resolve()
+    if not own and folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"folder: expected an empty one (or the session's own), got {folder} with files in it")
+    folder.mkdir(parents=True, exist_ok=True)
+    memory, wc, cache = session.memory, session.working_context, session.cache
+    if own:
+        memory.flush(durable=True)
+    else:
+        _copy_history(session, folder)
+    tail = memory.slots[len(wc) - len(session._tail) :]
+    state = {
+        "start": torch.from_numpy(wc.start.copy()),
+        "lod": torch.from_numpy(wc.lod.copy()),
+        "position": torch.from_numpy(memory.numbering.position.copy()),
+        "tail_ids": session._tail,
+        "tail_payload": cache.read(tail).cpu(),
+        "queries": cache.last_queries().cpu(),
+        "generator": session.generator.get_state(),
+    }
+    if session._logits is not None:
+        state["logits"] = session._logits.cpu()
+    summary = {
+        "format": FORMAT,
+        "config": session.config.to_dict(),
+        "committed": memory.committed,
+        "total": wc.total,
+        "next_position": memory.numbering.next,
+        "dtype": str(memory.dtype).removeprefix("torch."),
+        "allocation": session.allocation.to_dict(),
+        "since_refocus": session._since_refocus,
+        "chunk_size": session.chunk_size,
+        "observe": cache.observe,
+        "telemetry": session.stats.to_dict(),
+    }
+    _write_tensors(folder / STATE, state)
+    _write_json(folder / SUMMARY, summary)
+
+
+def _copy_history(session: MegaContextSession, folder: Path) -> None:
+    from .memory import open_places
+
+    source, memory = session.tree, session.memory
+
+    def pool(children: Tensor, *, lod: int, first: int) -> Tensor:
+        return source.payload(lod, slice(first, first + len(children)))
+
+    tree = MegaContextTree(session.config, folder=folder, pool=pool, payload_dtype=memory.dtype)
+    places = open_places(session.config, folder)
+    for first in range(0, memory.committed, COPIED):
+        part = slice(first, min(first + COPIED, memory.committed))
+        places.append(memory.places.read(part))
+        tree.append(source.tokens(part.start, part.stop), source.payload(0, part))
+    for files in (places, tree):
+        files.flush(True)
+        files.close()
+
+
+def load_session(addon: MegaContext, folder: str | Path) -> MegaContextSession:
+    """The session that `save_session` wrote into ``folder``, which becomes its own folder.
+
+    Tokens that were read after it was saved are forgotten. ValueError, StoreError or FileNotFoundError where the files
+    are another model's, other settings', damaged, or in use.
+    """
+    from .session import MegaContextSession
+
+    folder = Path(folder)
+    summary = _read_json(folder / SUMMARY, FORMAT)
+    state = _read_tensors(folder / STATE)
+    mine, theirs = addon.config.to_dict(), summary["config"]
+    for values in (mine, theirs):
+        values.pop("lens")  # scores are made anew: any lens may go on with a history
+    differ = [f"{k}: expected {mine[k]!r}, got {theirs.get(k)!r}" for k in mine if mine[k] != theirs.get(k)]
+    dtype = str(addon.base.dtype).removeprefix("torch.")
+    if dtype != summary["dtype"]:
+        differ.append(f"dtype: expected {dtype}, got {summary['dtype']}")
+    if differ:
+        raise ValueError(f"{folder}: the session belongs to another add-on or model: {'; '.join(differ)}")
+    options = {"chunk_size": summary["chunk_size"], "observe": summary["observe"]}
+    session = MegaContextSession(addon, folder, resume=summary["committed"], **options)
+    try:
+        _restore(session, state, summary)
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def _restore(session: MegaContextSession, state: dict[str, Tensor], summary: dict[str, Any]) -> None:
+    memory, cache = session.memory, session.cache
+    try:
+        wc = WorkingContext.from_arrays(
+            session.config, state["start"].numpy(), state["lod"].numpy(), memory.tree.version
+        )
+        wc.check_invariants(memory.tree)
+        if wc.total != summary["total"] or wc.total != memory.committed + len(state["tail_ids"]):
+            raise InvariantError("tree", f"{wc.total} tokens, expected {summary['total']}")
+    except (InvariantError, KeyError) as error:
+        raise StoreError(f"{STATE} does not belong to these files: {error}") from error
+    session.working_context = wc
+    memory.numbering.position = state["position"].numpy().astype(np.int64)
+    memory.numbering.next = summary["next_position"]
+    memory.restore(wc, state["tail_payload"])
+    cache.tokens_seen = wc.total
+    cache.set_queries(state["queries"])
+    session.generator.set_state(state["generator"])
+    session._tail = state["tail_ids"]
+    session._logits = state["logits"].to(session.device) if "logits" in state else None
+    session.allocation = AllocatorState.from_dict(summary["allocation"])
+    session._since_refocus = summary["since_refocus"]
+    session.stats.load_dict(summary["telemetry"])
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    os.replace(fresh, path)
+
+
+def _read_json(path: Path, known: int) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a folder that was saved by this package")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got something else ({error})") from error
+    if not isinstance(values, dict) or values.get("format") != known:
+        got = values.get("format") if isinstance(values, dict) else type(values).__name__
+        raise ValueError(
+            f"{path}: expected format {known}, got {got}; it was written by another version, or is foreign"
+        )
+    return values
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    fresh = path.with_name(path.name + ".new")
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, fresh)
+    os.replace(fresh, path)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected it beside the JSON file")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: expected safetensors, got a damaged or foreign file ({error})") from error

@@ -1,0 +1,104 @@
+"""Pictures of a session: what the working context shows of the history, at which detail, and what was edited when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .session import MegaContextSession
+
+COLOURS = ("#0b6e4f", "#f2a541", "#c8553d", "#5b2a86", "#333333", "#999999")  # by level of detail
+
+
+def plot_session(session: MegaContextSession, path: str | Path | None = None) -> Any:
+    """Three rows over the history's tokens: levels of detail, the lens's last scores, and all edits so far.
+
+    Args:
+        path: where to save the picture; None: only return it.
+
+    Returns:
+        A matplotlib figure. ImportError where matplotlib is missing.
+    """
+    from matplotlib.figure import Figure
+
+    wc, scores = session.working_context, session.last_scores
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    levels, marks, edits = figure.subplots(3, 1, sharex=True, height_ratios=(1, 1, 1.4))
+    for lod in range(session.config.max_lod + 1):
+        at = wc.lod == lod
+        bars = list(zip(wc.start[at].tolist(), wc.span[at].tolist(), strict=True))
+        label = f"tokens: {len(bars)}" if lod == 0 else f"gists of {session.config.span(lod)}: {len(bars)}"
+        levels.broken_barh(
+            _joined(bars) if lod == 0 else bars, (lod, 0.8), color=_colour(lod), label=label, lw=0.2, ec="w"
+        )
+    levels.set_yticks(np.arange(session.config.max_lod + 1) + 0.4, range(session.config.max_lod + 1))
+    levels.set_ylabel("level of detail")
+    levels.set_title(f"{wc.total} tokens in {len(wc)} of {session.config.w_max} slots")
+    levels.legend(loc="upper left", ncols=session.config.max_lod + 1, fontsize="small")
+    if scores is not None and len(scores) == len(wc):
+        middle = wc.start + wc.span / 2
+        marks.scatter(middle, scores.numpy(), s=4, c=[_colour(lod) for lod in wc.lod.tolist()])
+    marks.axhline(0, color="0.8", lw=0.8, zorder=0)
+    marks.set_ylabel("score")
+    for kind, colour, label in ((1, "#1b7837", "expanded"), (-1, "#762a83", "collapsed")):
+        chosen = np.array([edit for edit in session.stats.edits if edit[1] == kind], np.int64).reshape(-1, 4)
+        width, height = session.config.block_size ** chosen[:, 3], max(wc.total / 150, 1)
+        edits.barh(chosen[:, 0], width, left=chosen[:, 2], height=height, color=colour, label=f"{label}: {len(chosen)}")
+    edits.plot([0, wc.total], [0, wc.total], color="0.8", lw=0.8, zorder=0)
+    edits.legend(loc="upper left", fontsize="small")
+    edits.set_ylabel("tokens read at the edit")
+    edits.set_xlabel("token of the history")
+    if path is not None:
+        figure.savefig(path, dpi=120)
+    return figure
+
+
+def plot_needles(table: dict[str, list[tuple[int, float, float]]], path: str | Path, ceiling: str = "exact") -> Any:
+    """Recall of needles by the length of the history: name -> (tokens, recall, standard error) of each way."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, rows in table.items():
+        tokens, recall, error = (np.array(column) for column in zip(*rows, strict=True))
+        axes.errorbar(tokens, recall, error, marker="o", ls="--" if name == ceiling else "-", label=name, capsize=3)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens of history", ylabel="needles found", ylim=(-0.03, 1.03))
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    return figure
+
+
+def plot_soak(rows: list[dict[str, float]], path: str | Path) -> Any:
+    """Memory and speed over a long stream: rows with tokens, device_mib, host_mib, tokens_per_second, swap_rate."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True)
+    tokens = [row["tokens"] for row in rows]
+    for panel, names in zip(panels, (("device_mib", "host_mib"), ("tokens_per_second",), ("swap_rate",)), strict=True):
+        for name in names:
+            panel.plot(tokens, [row[name] for row in rows], label=name)
+        panel.legend(fontsize="small")
+        panel.set_ylim(bottom=0)
+    panels[-1].set_xlabel("tokens of history")
+    figure.savefig(path, dpi=120)
+    return figure
+
+
+def _colour(lod: int) -> str:
+    return COLOURS[min(lod, len(COLOURS) - 1)]
+
+
+def _joined(bars: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Touching tokens as one bar."""
+    joined: list[tuple[int, int]] = []
+    for start, span in bars:
+        if joined and sum(joined[-1]) == start:
+            joined[-1] = (joined[-1][0], joined[-1][1] + span)
+        else:
+            joined.append((start, span))
+    return joined

@@ -84,7 +84,10 @@ def test_cuda_graph_gives_what_eager_gives() -> None:
 
     def function() -> Tensor:
         out = flash_attention(q, k, v, causal=True)
-        return torch.cat([x.flatten() for x in (out, *torch.autograd.grad(out.float().square().sum(), (q, k, v)))])
+        # detached: a graph that lives on ties its leaves to the stream it was made on, which no capture may touch
+        return torch.cat(
+            [x.detach().flatten() for x in (out, *torch.autograd.grad(out.float().square().sum(), (q, k, v)))]
+        )
 
     first, second, eager = replay(function)
     torch.testing.assert_close(first, second, atol=2e-2, rtol=2e-2)  # dq may be summed in another order

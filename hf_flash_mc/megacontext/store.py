@@ -114,7 +114,7 @@ class _Records:
         where = self._located(index)
         if isinstance(where, slice):
             return np.arange(where.start, where.stop)
-        if np.unique(where).size != where.size:
+        if not np.diff(np.sort(where)).all():
             raise ValueError("index: expected each record once, got duplicates")
         return where
 
@@ -302,6 +302,8 @@ class FileStore(_Records):
     def close(self) -> None:
         """Release the file and its lock. What was appended stays."""
         self._unmap()
+        if fcntl is not None and not self._file.closed:
+            fcntl.flock(self._file.fileno(), fcntl.LOCK_UN)  # a map that is still referenced would keep the lock
         self._file.close()
 
     @property

@@ -24,37 +24,70 @@ class Cut(NamedTuple):
     SPLIT: bool  # a block boundary keeps the wait for P V behind the softmax
     REGISTERS: int
     LOGITS: Features  # the features without key_log_weight, which the kernel adds itself
-    SHARE: bool  # out is staged where the queries were
+    SHARE: bool  # out is staged where the queries were, for want of room
 
 
 @gluon.jit
 def tile_hull(ranges_ptr, stride_rm, row0, sq, sk, window_left, window_right, ROWS: gl.constexpr, F: gl.constexpr):
     """Of query rows row0 to row0 + ROWS: the keys [first, last) that some row sees, [full_lo, full_hi) that all see.
 
-    The fifth value says that key_ranges may leave a hole between first and last.
+    The fifth value says that key_ranges may leave a hole between first and last. For one warp.
     """
     if F.HAS_RANGES:
-        WIDTH: gl.constexpr = 128 if ROWS <= 128 else 256
-        row = row0 + gl.arange(0, WIDTH, layout=gl.BlockedLayout([1], [32], [4], [0]))
-        lo, hi = row_ranges(ranges_ptr, stride_rm, row, sq, sk, window_left, window_right, F)
-        valid = (row < sq) & (row < row0 + ROWS)
-        some = valid & (lo < hi)
-        first = gl.min(gl.where(some, lo, INT_MAX), 0)
-        last = gl.max(gl.where(some, hi, 0), 0)
-        full_lo = gl.max(gl.where(valid, lo, 0), 0)
-        full_hi = gl.min(gl.where(valid, hi, INT_MAX), 0)
-        before = gl.maximum(row - 1, 0)
-        lo_before, hi_before = row_ranges(ranges_ptr, stride_rm, before, sq, sk, window_left, window_right, F)
-        touches = (lo_before < hi_before) & (lo <= hi_before) & (lo_before <= hi)
-        breaks = some & ((row == row0) | (touches == 0))
-        gaps = gl.sum(breaks.to(gl.int32), 0) > 1
+        LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        lane = gl.arange(0, 32, layout=LANES)
+        first = lane * 0 + INT_MAX
+        last = lane * 0
+        full_lo = lane * 0
+        full_hi = lane * 0 + INT_MAX
+        breaks = lane * 0
+        for at in range(row0, gl.minimum(row0 + ROWS, sq), 32):
+            row = at + lane
+            valid = row < sq
+            lo, hi = row_ranges(ranges_ptr, stride_rm, row, sq, sk, window_left, window_right, F)
+            before = gl.maximum(row - 1, 0)
+            lo_before, hi_before = row_ranges(ranges_ptr, stride_rm, before, sq, sk, window_left, window_right, F)
+            some = lo < hi
+            first = gl.where(some, gl.minimum(first, lo), first)
+            last = gl.where(some, gl.maximum(last, hi), last)
+            full_lo = gl.where(valid, gl.maximum(full_lo, lo), full_lo)
+            full_hi = gl.where(valid, gl.minimum(full_hi, hi), full_hi)
+            touches = (lo_before < hi_before) & (lo <= hi_before) & (lo_before <= hi)
+            breaks += (some & ((row == row0) | (touches == 0))).to(gl.int32)
+        first = gl.min(first, 0)
+        last = gl.max(last, 0)
+        full_lo = gl.max(full_lo, 0)
+        full_hi = gl.min(full_hi, 0)
+        gaps = (gl.sum(breaks, 0) > 1).to(gl.int32)
     else:  # both ends rise with the row
         row1 = gl.minimum(row0 + ROWS, sq) - 1
         first, full_hi = row_ranges(ranges_ptr, stride_rm, row0, sq, sk, window_left, window_right, F)
         full_lo, last = row_ranges(ranges_ptr, stride_rm, row1, sq, sk, window_left, window_right, F)
         last = gl.maximum(last, 0)
-        gaps = row0 < 0
+        gaps = row0 * 0
     return gl.minimum(first, last), last, full_lo, full_hi, gaps
+
+
+@gluon.jit
+def pack_record(values):
+    """Up to 16 scalars as one tensor [16], for one warp."""
+    at = gl.arange(0, 16, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    record = at * 0
+    for i in gl.static_range(len(values)):
+        record = gl.where(at == i, values[i], record)
+    return record
+
+
+@gluon.jit
+def unpack_record(memory, COUNT: gl.constexpr):
+    """The scalars that ``pack_record`` packed, for four warps; every thread reads all of them."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([16], [32], [4], [0])
+    at = gl.arange(0, 16, layout=LAYOUT)
+    record = memory.load(LAYOUT)
+    out = ()
+    for i in gl.static_range(COUNT):
+        out = out + (gl.sum(gl.where(at == i, record, 0), 0),)
+    return out
 
 
 @gluon.jit

@@ -5,6 +5,10 @@ The forward is ours; the backward is exact on the same out and lse, whichever ke
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -77,19 +81,48 @@ def run_forward(
         out.zero_()
         lse.fill_(float("-inf"))
         cu_q, cu_k = varlen[:2]
+    counters = idle_counters(q)
     small = (spec.key_ranges, spec.key_log_weight, spec.alibi_slopes, spec.sinks, spec.dropout_seed)
-    launch([q, k, v, out], [*small, cu_q, cu_k, out, lse])
+    launch([q, k, v, out], [*small, cu_q, cu_k, out, lse, counters])
     return out, lse
 
 
 def _forward_launch(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, config: HopperConfig | None) -> Launch:
     f, cut, _ = variant(plan, config)
-    count, grid = plan.grid(f.BLOCK_M, plan.max_q, plan.hq)
+    count, total = plan.grid(f.BLOCK_M, plan.max_q, plan.hq)
     described = [tiles(q, 64, cut.D), tiles(k, f.BLOCK_N, cut.D), tiles(v, f.BLOCK_N, cut.DV), tiles(out, 64, cut.DV)]
     weight_strides = plan.other_strides[8:]
     numbers = (*plan.ranges_strides, *weight_strides, plan.scale, plan.softcap, plan.keep_scale, plan.hq,
-               plan.hq // plan.hkv, plan.sq, plan.sk, plan.max_q, count, *plan.tail)  # fmt: skip
-    return Launch(attn_fwd_hopper_kernel, grid, described, numbers, (f, cut))
+               plan.hq // plan.hkv, plan.sq, plan.sk, plan.max_q, count, total, *plan.tail)  # fmt: skip
+    return Launch(attn_fwd_hopper_kernel, min(total, multiprocessors(q.device)), described, numbers, (f, cut))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once: each takes a multiprocessor's shared memory."""
+    return 3 if EMULATED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_counters: dict[torch.device, tuple[list[Tensor], Iterator[int]]] = {}
+_COUNTERS = 1024
+
+
+def idle_counters(q: Tensor) -> Tensor:
+    """Two int32 zeros that no running kernel uses; kernels leave them zero.
+
+    In turn from a pool, since kernels of several streams may run at once; a graph that is being captured gets its own,
+    because it may run beside anything.
+    """
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=q.device)
+    found = _counters.get(q.device)
+    if found is None:
+        # 16 bytes apart, for aligned pointers
+        pool = torch.zeros(_COUNTERS, 4, dtype=torch.int32, device=q.device)
+        if q.is_cuda:
+            torch.cuda.synchronize(q.device)  # other streams may be the first to use them
+        found = _counters[q.device] = list(pool.unbind()), itertools.cycle(range(_COUNTERS))
+    return found[0][next(found[1])]
 
 
 def backward(

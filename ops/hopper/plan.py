@@ -55,7 +55,7 @@ def variant(plan: Plan, config: HopperConfig | None = None) -> tuple[Features, C
     # a packed sequence's last tile reads the neighbour's keys, which may be NaN
     f = f._replace(BLOCK_M=GROUP_ROWS * config.groups, BLOCK_N=config.block_n, SANITIZE=f.SANITIZE or plan.packed)
     cut = Cut(d, dv, config.groups, config.stages, config.turns, config.split, config.registers,
-              f._replace(HAS_WEIGHT=False), d == dv)  # fmt: skip
+              f._replace(HAS_WEIGHT=False), d == dv == 256)  # fmt: skip
     return f, cut, config
 
 

@@ -31,9 +31,9 @@ from .common import (
 from .packed import gradient_rows, packed_rows
 
 _RUNTIME_INTS = [
-    "HQ", "SQ", "SK", "tiles", "splits", "per_split", "window_left", "window_right", "threshold", "off_b", "off_h",
-    "off_m", "off_n", "stride_rb", "stride_rh", "stride_rm", "stride_wb", "stride_wh", "stride_ab", "stride_lb",
-    "stride_lh", "stride_lm",
+    "HQ", "SQ", "SK", "batches", "tiles", "splits", "per_split", "window_left", "window_right", "threshold", "off_b",
+    "off_h", "off_m", "off_n", "stride_rb", "stride_rh", "stride_rm", "stride_wb", "stride_wh", "stride_ab",
+    "stride_lb", "stride_lh", "stride_lm",
 ]  # fmt: skip
 
 
@@ -101,19 +101,14 @@ def few_keys_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, weight_ptr, slopes_ptr,
     store_parts(o_ptr, at, valid, DV, scale_parts(acc, keep_scale / l_safe, DV_PARTS), DV, DV_PARTS)
 
 
-@triton.jit(do_not_specialize=_RUNTIME_INTS)
-def few_keys_bwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, weight_ptr, slopes_ptr, sinks_ptr, seed_ptr, o_ptr, do_ptr,
-                        lse_ptr, dlse_ptr, dq_ptr, dk_ptr, dv_ptr, dw_ptr, dsink_ptr,
-                        stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
-                        stride_vn, stride_ob, stride_oh, stride_om, stride_db, stride_dh, stride_dm,
-                        stride_lb, stride_lh, stride_lm,
-                        stride_rb, stride_rh, stride_rm, stride_wb, stride_wh, stride_ab,
-                        scale, softcap, keep_scale, HQ, SQ, SK, tiles, splits, per_split, window_left, window_right,
-                        threshold, off_b, off_h, off_m, off_n,
-                        HAS_DLSE: tl.constexpr, GROUP: tl.constexpr, F: tl.constexpr):  # fmt: skip
-    """dQ of ``per_split`` tiles of packed rows, and what they add to dK, dV and dw of all keys.
+@triton.jit
+def _row_tile(tile, dk, dv, dw, k, v, col, key_ok, head_k, batch, row_pointers, row_strides, ranges, stride_rh,
+              stride_rm, slopes_ptr, stride_ab, seed_ptr, weight_ptr, dq_ptr, results, scale, softcap, keep_scale, HQ,
+              SQ, SK, window_left, window_right, threshold, off_b, off_h, off_m, off_n,
+              HAS_DLSE: tl.constexpr, ONE: tl.constexpr, GROUP: tl.constexpr, F: tl.constexpr):  # fmt: skip
+    """dQ of one tile of packed rows; dk, dv and dw with what it adds to them.
 
-    dk and dv are [splits, B, Sk, Hkv, D], in float32 where there is more than one split. Grid: HKV * splits * B.
+    ONE: there are no further tiles, so dV is written at once, which frees its registers.
     """
     BLOCK_M: tl.constexpr = F.BLOCK_M
     BLOCK_N: tl.constexpr = F.BLOCK_N
@@ -122,6 +117,72 @@ def few_keys_bwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, weight_ptr, slopes_ptr,
     DV: tl.constexpr = F.DV
     D: tl.constexpr = F.D
     PRECISION: tl.constexpr = F.PRECISION
+    r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, head, lo, hi = packed_rows(
+        r, head_k, ranges, stride_rh, stride_rm, SQ, SK, window_left, window_right, GROUP, F
+    )  # fmt: skip
+    q, dout, lse2, delta = gradient_rows(row_pointers, row_strides, row, head, SQ, SQ, HAS_DLSE, F)
+    ok = (col[None, :] >= lo[:, None]) & (col[None, :] < hi[:, None]) & key_ok[None, :]
+    slope, dropout = head_terms(
+        slopes_ptr, stride_ab, seed_ptr, batch, head[:, None], off_b, off_h, off_m, off_n, threshold, F
+    )
+    p, cap_slope, keep = backward_weights(
+        dot_parts(q, k, D_PARTS, PRECISION), lse2[:, None], row[:, None], col[None, :], ok, scale, softcap, slope,
+        q[0], 0, 0, weight_ptr, dropout, SQ, SK, F, True,
+    )  # fmt: skip
+    weights = p
+    if F.HAS_DROPOUT:
+        weights = tl.where(keep, p, 0.0)
+    dv = accumulate_parts(tl.trans(weights.to(v[0].dtype)), dout, dv, DV_PARTS, PRECISION)
+    if ONE:
+        _store_keys(results, 1, dv, keep_scale, col, SK, DV, DV_PARTS, BLOCK_N)
+    dp = dot_parts(dout, v, DV_PARTS, PRECISION)
+    dlogits = backward_logits(p, dp, delta[:, None], ok, keep, keep_scale, F, True)
+    if F.WEIGHT_GRAD:
+        dw += tl.sum(dlogits, 0)
+    ds = (dlogits * cap_slope).to(k[0].dtype)
+    dk = accumulate_parts(tl.trans(ds), q, dk, D_PARTS, PRECISION)
+    if ONE:
+        _store_keys(results, 0, dk, scale, col, SK, D, D_PARTS, BLOCK_N)
+    seen = k
+    if F.SANITIZE:
+        seen = keep_rows(k, tl.max(ok.to(tl.int32), 0) != 0, D_PARTS)
+    dq = accumulate_parts(ds, seen, zero_parts(BLOCK_M, D_PARTS), D_PARTS, PRECISION)
+    factor = tl.zeros([BLOCK_M], tl.float32) + scale
+    at = (batch.to(tl.int64) * SQ + row) * HQ + head
+    store_parts(dq_ptr, at, row < SQ, D, scale_parts(dq, factor, D_PARTS), D, D_PARTS)
+    return dk, dv, dw
+
+
+@triton.jit
+def _store_keys(results, WHICH: tl.constexpr, parts, factor, col, sk, D: tl.constexpr, PARTS: tl.constexpr,
+                BLOCK_N: tl.constexpr):  # fmt: skip
+    """dK (WHICH 0) or dV (1) of all keys, times ``factor``."""
+    at = results[2] + col * results[3]
+    store_parts(results[WHICH], at, col < sk, D, scale_parts(parts, tl.zeros([BLOCK_N], tl.float32) + factor, PARTS),
+                D, PARTS)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_RUNTIME_INTS)
+def few_keys_bwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, weight_ptr, slopes_ptr, sinks_ptr, seed_ptr, o_ptr, do_ptr,
+                        lse_ptr, dlse_ptr, dq_ptr, dk_ptr, dv_ptr, dw_ptr, dsink_ptr,
+                        stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+                        stride_vn, stride_ob, stride_oh, stride_om, stride_db, stride_dh, stride_dm,
+                        stride_lb, stride_lh, stride_lm,
+                        stride_rb, stride_rh, stride_rm, stride_wb, stride_wh, stride_ab,
+                        scale, softcap, keep_scale, HQ, SQ, SK, batches, tiles, splits, per_split, window_left,
+                        window_right, threshold, off_b, off_h, off_m, off_n,
+                        HAS_DLSE: tl.constexpr, ONE: tl.constexpr, GROUP: tl.constexpr, F: tl.constexpr):  # fmt: skip
+    """dQ of ``per_split`` tiles of packed rows, and what they add to dK, dV and dw of all keys.
+
+    dk and dv are [splits, B, Sk, Hkv, D], in float32 where there is more than one split.
+    ONE: per_split is 1. Grid: HKV * splits * B.
+    """
+    BLOCK_N: tl.constexpr = F.BLOCK_N
+    DV_PARTS: tl.constexpr = F.DV_PARTS
+    D_PARTS: tl.constexpr = F.D_PARTS
+    DV: tl.constexpr = F.DV
+    D: tl.constexpr = F.D
     pid = tl.program_id(0)
     HK = HQ // GROUP
     head_k = pid % HK
@@ -137,47 +198,29 @@ def few_keys_bwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, weight_ptr, slopes_ptr,
     dk = zero_parts(BLOCK_N, D_PARTS)
     dv = zero_parts(BLOCK_N, DV_PARTS)
     dw = tl.zeros([BLOCK_N], tl.float32)
-    pointers = (
+    row_pointers = (
         q_ptr + b64 * stride_qb, o_ptr + b64 * stride_ob, do_ptr + b64 * stride_db, lse_ptr + b64 * HQ * SQ,
         dlse_ptr + b64 * stride_lb, sinks_ptr, dsink_ptr + b64 * HQ * SQ,
     )  # fmt: skip
-    strides = (stride_qh, stride_qm, stride_oh, stride_om, stride_dh, stride_dm, stride_lh, stride_lm)
+    row_strides = (stride_qh, stride_qm, stride_oh, stride_om, stride_dh, stride_dm, stride_lh, stride_lm)
+    ranges = ranges_ptr + b64 * stride_rb
+    entry = split.to(tl.int64) * batches + batch
+    results = (dk_ptr, dv_ptr, entry * SK * HK + head_k, HK)
     first = split * per_split
-    for tile in tl.range(first, tl.minimum(first + per_split, tiles)):
-        r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        row, head, lo, hi = packed_rows(
-            r, head_k, ranges_ptr + b64 * stride_rb, stride_rh, stride_rm, SQ, SK, window_left, window_right, GROUP, F
-        )
-        q, dout, lse2, delta = gradient_rows(pointers, strides, row, head, SQ, SQ, HAS_DLSE, F)
-        ok = (col[None, :] >= lo[:, None]) & (col[None, :] < hi[:, None]) & key_ok[None, :]
-        slope, dropout = head_terms(
-            slopes_ptr, stride_ab, seed_ptr, batch, head[:, None], off_b, off_h, off_m, off_n, threshold, F
-        )
-        p, cap_slope, keep = backward_weights(
-            dot_parts(q, k, D_PARTS, PRECISION), lse2[:, None], row[:, None], col[None, :], ok, scale, softcap, slope,
-            q_ptr, 0, 0, weight_base, dropout, SQ, SK, F, True,
+    if ONE:
+        dk, dv, dw = _row_tile(
+            first, dk, dv, dw, k, v, col, key_ok, head_k, batch, row_pointers, row_strides, ranges, stride_rh,
+            stride_rm, slopes_ptr, stride_ab, seed_ptr, weight_base, dq_ptr, results, scale, softcap, keep_scale, HQ,
+            SQ, SK, window_left, window_right, threshold, off_b, off_h, off_m, off_n, HAS_DLSE, ONE, GROUP, F,
         )  # fmt: skip
-        weights = p
-        if F.HAS_DROPOUT:
-            weights = tl.where(keep, p, 0.0)
-        dv = accumulate_parts(tl.trans(weights.to(v[0].dtype)), dout, dv, DV_PARTS, PRECISION)
-        dp = dot_parts(dout, v, DV_PARTS, PRECISION)
-        dlogits = backward_logits(p, dp, delta[:, None], ok, keep, keep_scale, F, True)
-        if F.WEIGHT_GRAD:
-            dw += tl.sum(dlogits, 0)
-        ds = (dlogits * cap_slope).to(k[0].dtype)
-        dk = accumulate_parts(tl.trans(ds), q, dk, D_PARTS, PRECISION)
-        seen = k
-        if F.SANITIZE:
-            seen = keep_rows(k, tl.max(ok.to(tl.int32), 0) != 0, D_PARTS)
-        dq = accumulate_parts(ds, seen, zero_parts(BLOCK_M, D_PARTS), D_PARTS, PRECISION)
-        factor = tl.zeros([BLOCK_M], tl.float32) + scale
-        at = (b64 * SQ + row) * HQ + head
-        store_parts(dq_ptr, at, row < SQ, D, scale_parts(dq, factor, D_PARTS), D, D_PARTS)
-    factor = tl.zeros([BLOCK_N], tl.float32)
-    entry = split.to(tl.int64) * (tl.num_programs(0) // splits // HK) + batch
-    at = (entry * SK + col) * HK + head_k
-    store_parts(dk_ptr, at, col < SK, D, scale_parts(dk, factor + scale, D_PARTS), D, D_PARTS)
-    store_parts(dv_ptr, at, col < SK, DV, scale_parts(dv, factor + keep_scale, DV_PARTS), DV, DV_PARTS)
+    else:
+        for tile in tl.range(first, tl.minimum(first + per_split, tiles)):
+            dk, dv, dw = _row_tile(
+                tile, dk, dv, dw, k, v, col, key_ok, head_k, batch, row_pointers, row_strides, ranges, stride_rh,
+                stride_rm, slopes_ptr, stride_ab, seed_ptr, weight_base, dq_ptr, results, scale, softcap, keep_scale,
+                HQ, SQ, SK, window_left, window_right, threshold, off_b, off_h, off_m, off_n, HAS_DLSE, ONE, GROUP, F,
+            )  # fmt: skip
+        _store_keys(results, 0, dk, scale, col, SK, D, D_PARTS, BLOCK_N)
+        _store_keys(results, 1, dv, keep_scale, col, SK, DV, DV_PARTS, BLOCK_N)
     if F.WEIGHT_GRAD:
         tl.store(dw_ptr + (entry * HK + head_k) * SK + col, dw, mask=col < SK)

@@ -31,9 +31,9 @@ from .common import (
 from .packed import gradient_rows, packed_rows
 
 _RUNTIME_INTS = [
-    "HQ", "SQ", "SK", "splits", "per_split", "window_left", "window_right", "threshold", "off_b", "off_h", "off_m",
-    "off_n", "stride_rb", "stride_rh", "stride_rm", "stride_wb", "stride_wh", "stride_ab", "stride_lb", "stride_lh",
-    "stride_lm",
+    "HQ", "SQ", "SK", "batches", "splits", "per_split", "window_left", "window_right", "threshold", "off_b", "off_h",
+    "off_m", "off_n", "stride_rb", "stride_rh", "stride_rm", "stride_wb", "stride_wh", "stride_ab", "stride_lb",
+    "stride_lh", "stride_lm",
 ]  # fmt: skip
 
 
@@ -57,6 +57,7 @@ def few_queries_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, weight_ptr, slopes_p
     DV: tl.constexpr = F.DV
     D: tl.constexpr = F.D
     PRECISION: tl.constexpr = F.PRECISION
+    SINKS: tl.constexpr = F.HAS_SINKS and not SPLIT
     pid = tl.program_id(0)
     HK = HQ // GROUP
     head_k = pid % HK
@@ -84,7 +85,7 @@ def few_queries_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, weight_ptr, slopes_p
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     sink = 0.0
-    if F.HAS_SINKS and not SPLIT:
+    if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32)
         m = sink * LOG2E
         l = tl.where(m == float("-inf"), 0.0, 1.0)
@@ -103,8 +104,9 @@ def few_queries_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, weight_ptr, slopes_p
         v = load_parts(v_base, col, use, stride_vn, DV, DV_PARTS, True)  # before the softmax: see forward.py
         s = dot_parts(q, k, D_PARTS, PRECISION)
         if not F.PLAIN:
-            s, _ = tile_logits(s, row[:, None], col[None, :], scale, softcap, slope, q_ptr, 0, 0, weight_base, SQ, SK,
-                               F)  # fmt: skip
+            s, _slope_of_cap = tile_logits(
+                s, row[:, None], col[None, :], scale, softcap, slope, q_ptr, 0, 0, weight_base, SQ, SK, F
+            )
         s = tl.where(ok, s, float("-inf"))
         p, m, l, alpha = softmax_step(s, m, l, scale * LOG2E, F, True)
         if F.HAS_DROPOUT:
@@ -114,9 +116,9 @@ def few_queries_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, weight_ptr, slopes_p
         acc = accumulate_parts(p, v, acc, DV_PARTS, PRECISION)
     flat = (b64 * HQ + h64) * SQ + r64
     if SPLIT:
-        l_safe = tl.where(l == 0.0, 1.0, l)
-        tl.store(lse_ptr + flat * splits + split, tl.where(l == 0.0, float("-inf"), m + tl.math.log2(l_safe)), mask=valid)
         at = flat * splits + split
+        l_safe = tl.where(l == 0.0, 1.0, l)
+        tl.store(lse_ptr + at, tl.where(l == 0.0, float("-inf"), m + tl.math.log2(l_safe)), mask=valid)
     else:
         lse, l_safe = softmax_end(m, l, sink, F)
         tl.store(lse_ptr + flat, lse, mask=valid)
@@ -131,9 +133,10 @@ def few_queries_bwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, weight_ptr, slopes_p
                            stride_vn, stride_ob, stride_oh, stride_om, stride_db, stride_dh, stride_dm,
                            stride_lb, stride_lh, stride_lm,
                            stride_rb, stride_rh, stride_rm, stride_wb, stride_wh, stride_ab,
-                           scale, softcap, keep_scale, HQ, SQ, SK, splits, per_split, window_left, window_right,
-                           threshold, off_b, off_h, off_m, off_n,
-                           HAS_DLSE: tl.constexpr, GAPS: tl.constexpr, GROUP: tl.constexpr, F: tl.constexpr):  # fmt: skip
+                           scale, softcap, keep_scale, HQ, SQ, SK, batches, splits, per_split, window_left,
+                           window_right, threshold, off_b, off_h, off_m, off_n,
+                           HAS_DLSE: tl.constexpr, GAPS: tl.constexpr, GROUP: tl.constexpr,
+                           F: tl.constexpr):  # fmt: skip
     """dK, dV (and dw) of ``per_split`` tiles of keys, and what they add to dQ; tiles are [BLOCK_N, BLOCK_M].
 
     dq is [splits, B, Sq, Hq, D], in float32 where there is more than one split. Grid: HKV * splits * B.
@@ -202,7 +205,7 @@ def few_queries_bwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, weight_ptr, slopes_p
         dk = accumulate_parts(ds, q, zero_parts(BLOCK_N, D_PARTS), D_PARTS, PRECISION)
         store_parts(dk_ptr, at, col < SK, D, scale_parts(dk, factor + scale, D_PARTS), D, D_PARTS)
         dq = accumulate_parts(tl.trans(ds), k, dq, D_PARTS, PRECISION)
-    entry = split.to(tl.int64) * (tl.num_programs(0) // splits // HK) + batch
+    entry = split.to(tl.int64) * batches + batch
     at = (entry * SQ + row) * HQ + head
     dq = scale_parts(dq, tl.zeros([BLOCK_M], tl.float32) + scale, D_PARTS)
     store_parts(dq_ptr, at, valid, D, dq, D, D_PARTS)

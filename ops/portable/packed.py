@@ -28,7 +28,8 @@ def packed_rows(r, head_k, ranges_ptr, stride_rh, stride_rm, sq, sk, window_left
 def gradient_rows(pointers, strides, row, head, sq, sink_rows, HAS_DLSE: tl.constexpr, F: tl.constexpr):
     """q, dout, lse in base 2 (+inf: the row saw no key) and delta = rowsum(out * dout) - dlse of packed rows.
 
-    Pointers are those of the batch entry. With sinks, the rows below sink_rows put their share of its gradient into dsink [Hq, Sq].
+    Pointers are those of the batch entry. With sinks, rows below sink_rows put their share of the sink's gradient into
+    dsink [Hq, Sq].
     """
     DV_PARTS: tl.constexpr = F.DV_PARTS
     D_PARTS: tl.constexpr = F.D_PARTS

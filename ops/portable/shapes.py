@@ -21,7 +21,7 @@ TILES_PER_SPLIT = 4  # at least, so that the partial results stay small beside w
 MAX_SPLITS = 128
 MERGE_BLOCK = 64
 SUM_BLOCK = 1024
-_MASK = FLAGS.index("HAS_MASK")  # the bias is next
+_MASK, _ALIBI, _PACKED = map(FLAGS.index, ("HAS_MASK", "HAS_ALIBI", "VARLEN"))  # the bias is next to the mask
 
 
 def choose(plan: Plan, way: str) -> str | None:
@@ -47,13 +47,16 @@ def _power(n: int) -> int:
 def _config(plan: Plan, kind: str) -> Config | None:
     """The table's row for this call, cut down to the rows there are; None where the table has none."""
     rows = plan.sq * (plan.hq // plan.hkv)
+    if kind.startswith("few_queries") and plan.sk <= rows:
+        return None
     size = _power(plan.sk if kind.startswith("few_keys") else rows)
     config = find(f"{kind}/{size}", plan.arch, plan.dtype == torch.float32, max(plan.d, plan.dv))
     if config is None or kind.startswith("few_queries"):
         return config
-    block_m = min(config.block_m, _power(rows))
+    most = max(config.block_m // 2, 16) if any(plan.flags[_ALIBI:_PACKED]) else config.block_m  # they need registers
+    block_m = min(most, _power(rows))
     # as many rows a warp as the table says; but gradients of the keys need registers whatever the rows
-    warps = max(config.num_warps * block_m // config.block_m, 1)
+    warps = max(config.num_warps * block_m // most, 1)
     if kind.endswith("bwd"):
         warps = max(warps, min(config.num_warps, config.block_n * (plan.d + plan.dv) // 4096))
     return config._replace(block_m=block_m, num_warps=warps)
@@ -155,9 +158,7 @@ def backward(
     dsinks = None if sinks is None else torch.empty_like(lse)
     results: list[Tensor | None] = [dq, dk, dv, dw]
     shared = () if splits == 1 else (1, 2, 3) if family == "few_keys" else (0,)
-    parts = [
-        t if t is None or i not in shared else lse.new_empty(splits * t.numel()) for i, t in enumerate(results)
-    ]
+    parts = [t if t is None or i not in shared else lse.new_empty(splits * t.numel()) for i, t in enumerate(results)]
     launch([*_inputs(q, k, v, spec), out, dout, lse, dlse, *parts, dsinks])
     for i in shared:
         total, part = results[i], parts[i]
@@ -179,8 +180,9 @@ def _plan_backward(family: str, call: _Call, steps: tuple[int, ...], has_dlse: b
     layout: tuple[Any, ...] = (*plan.qs, *plan.ks, *plan.vs, *steps)
     grid = plan.hkv * splits * plan.batch
     if family == "few_keys":
-        numbers = (*layout, *call.numbers(call.tiles, splits, call.per_split))
-        return Launch(few_keys_bwd_kernel, grid, numbers, (has_dlse, call.group, f), call.config), splits
-    numbers = (*layout, *call.numbers(splits, call.per_split))
+        numbers = (*layout, *call.numbers(plan.batch, call.tiles, splits, call.per_split))
+        constants = (has_dlse, call.per_split == 1, call.group, f)
+        return Launch(few_keys_bwd_kernel, grid, numbers, constants, call.config), splits
+    numbers = (*layout, *call.numbers(plan.batch, splits, call.per_split))
     constants = (has_dlse, call.gaps, call.group, f)
     return Launch(few_queries_bwd_kernel, grid, numbers, constants, call.config), splits

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
-import signal
 import struct
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +12,6 @@ import torch
 
 from hf_flash_mc.megacontext import FileStore, MemoryStore, Store, StoreError
 
-KILLS = int(os.environ.get("HF_FLASH_MC_TEST_KILLS", "40"))
 FIELDS = {"level": 1, "block_size": 32, "model_id": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 SHAPE = (3, 2, 5)
 
@@ -349,103 +345,3 @@ def test_a_journal_of_another_file_is_named(tmp_path, monkeypatch):
     os.replace(tmp_path / "long.ctx.journal", tmp_path / "short.ctx.journal")
     with pytest.raises(StoreError, match=r"short.ctx.journal: expected a write to short.ctx, got one to another file"):
         opened(tmp_path / "short.ctx")
-
-
-KILL_SHAPE, WRITTEN = (16384,), 6
-
-
-def batch_at(length: int) -> int:
-    """How many records the append at this length has: a history can only have the lengths of this chain."""
-    return 1 + length * 2654435761 % 23
-
-
-def rows_at(version: int) -> torch.Tensor:
-    return torch.randperm(8, generator=torch.Generator().manual_seed(version))[:WRITTEN]
-
-
-def constant(values: torch.Tensor) -> torch.Tensor:
-    """Records of one value each: a torn record shows."""
-    return values.to(torch.float32)[:, None].expand(-1, *KILL_SHAPE)
-
-
-def kill_writer(path: Path, report: int) -> None:
-    """Append and rewrite for ever, and report (length, version) after each call that returned."""
-    store = opened(path, KILL_SHAPE)
-    os.write(report, struct.pack("<QQ", len(store), store.version))
-    while True:
-        n = batch_at(len(store))
-        store.append(constant(torch.arange(len(store), len(store) + n)))
-        os.write(report, struct.pack("<QQ", len(store), store.version))
-        version = store.version + 1
-        store.write(rows_at(version), constant(torch.full((WRITTEN,), -version)))
-        os.write(report, struct.pack("<QQ", len(store), store.version))
-
-
-def killed(work: Callable[[int], None], delay: float, watched: Path | None = None) -> bytes:
-    """Run work(pipe) in a child, kill -9 it ``delay`` seconds after its first report; the last 16 bytes it reported.
-
-    ``watched``: a file that the child appends to; the kill then waits until it is seen to grow, to hit within a call.
-    """
-    read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            os.close(read)
-            work(write)
-        finally:
-            os._exit(1)
-    os.close(write)
-    reports = os.read(read, 16)
-    time.sleep(delay)
-    if watched is not None:
-        size, end = watched.stat().st_size, time.monotonic() + 0.05
-        while watched.stat().st_size == size and time.monotonic() < end:
-            pass
-    os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    while more := os.read(read, 1 << 16):
-        reports += more
-    os.close(read)
-    assert os.WIFSIGNALED(status), "the writer failed by itself"
-    return reports[-16:]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.timeout(3600)
-def test_kills_lose_nothing_acknowledged(tmp_path):
-    """kill -9 at random moments of appends (up to 1.5 MB) and writes: all acknowledged is there, and no half record.
-
-    Every second kill waits until the file is seen to grow, so that many fall within an append.
-    """
-    rng = random.Random(0)
-    path, verified, cut_appends, cut_writes = tmp_path / "a.ctx", 0, 0, 0
-    for kill in range(KILLS):
-        if kill % 20 == 0:  # a new file
-            path = tmp_path / f"{kill}.ctx"
-            store = made(path, KILL_SHAPE)
-            store.append(constant(torch.arange(8)))
-            store.close()
-            verified, lengths = 8, [8]
-        watched = path if kill % 2 else None
-        report = killed(lambda pipe, path=path: kill_writer(path, pipe), rng.uniform(0, 0.02), watched)
-        length, version = struct.unpack("<QQ", report)
-        cut_writes += path.with_name(path.name + ".journal").exists()
-        size = path.stat().st_size
-        store = opened(path, KILL_SHAPE)
-        cut_appends += size > path.stat().st_size
-        assert len(store) in (length, length + batch_at(length))
-        assert version <= store.version <= version + 1
-        while lengths[-1] < len(store):
-            lengths.append(lengths[-1] + batch_at(lengths[-1]))
-        assert lengths[-1] == len(store), "a part of an append"
-        assert path.stat().st_size == 64 + len(store) * KILL_SHAPE[0] * 4
-        want = torch.arange(len(store))
-        for past in range(1, store.version + 1):
-            want[rows_at(past)] = -past
-        for part in (slice(0, 8), slice(max(8, verified - 8), len(store))):
-            assert torch.equal(store.read(part), constant(want[part]))
-        verified = len(store)
-        store.close()
-        if kill % 20 == 19:
-            path.unlink()
-    print(f"{KILLS} kills, {cut_appends} within an append, {cut_writes} within a write in place")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import struct
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_megacontext_store import killed
 
 from hf_flash_mc.megacontext import (
     AllocatorState,
@@ -26,7 +24,6 @@ from hf_flash_mc.megacontext import (
 )
 from hf_flash_mc.megacontext.tree import TOKENS
 
-KILLS = int(os.environ.get("HF_FLASH_MC_TEST_KILLS", "40"))
 BASE = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 2, "hidden_size": 4, "vocab_size": 1000}
 
 
@@ -218,6 +215,24 @@ def test_refresh_bumps_the_version_and_marks_slots_stale():
     assert tree.version_of(1, torch.arange(21)).sum() == 2
     with pytest.raises(ValueError, match="tokens are never rewritten"):
         tree.refresh(0, torch.tensor([0]), torch.ones(1, 1, 2, 1, 2))
+
+
+def test_truncate_returns_to_an_earlier_length(tmp_path):
+    ids, leaves = history(60)
+    for folder in (None, tmp_path):
+        tree = MegaContextTree(config_of(), folder=folder, pool=Mean())
+        tree.append(ids, leaves)
+        tree.refresh(1, slice(8, 12), torch.ones(4, 1, 2, 1, 2))
+        tree.truncate(37)
+        assert tree.version_of(1, torch.arange(9)).tolist() == [0] * 8 + [1]
+        tree.append(ids[37:], leaves[37:])
+        assert tree.version_of(1, torch.arange(15)).tolist() == [0] * 8 + [1] + [0] * 6
+        with pytest.raises(ValueError, match="total: expected 0 to 60 tokens, got 61"):
+            tree.truncate(61)
+        tree.truncate(0)
+        tree.append(ids, leaves)
+        check(tree, ids, leaves)
+        tree.close()
 
 
 # ---------------------------------------------------------------------- bad input
@@ -454,55 +469,3 @@ def test_a_crash_between_any_two_files(tmp_path, monkeypatch):
         tree.append(ids[len(tree) :], leaves[len(tree) :])
         check(tree, ids, leaves)
         tree.close()
-
-
-# ---------------------------------------------------------------------- kills
-
-KILL_CONFIG = {"block": 4, "max_lod": 3, "num_layers": 8, "head_dim": 256}  # 16 KiB a token
-
-
-def batch_at(length: int) -> int:
-    return 1 + length * 2654435761 % 61
-
-
-def kill_history(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.arange(start, stop)
-    return ids % 1000, (ids % 4096).float()[:, None, None, None, None].expand(-1, 8, 2, 1, 256)
-
-
-def kill_writer(folder: Path, report: int) -> None:
-    """Append for ever, and report the length after each append that returned."""
-    tree = MegaContextTree(config_of(**KILL_CONFIG), folder=folder, pool=Mean())
-    os.write(report, struct.pack("<QQ", len(tree), 0))
-    while True:
-        tree.append(*kill_history(len(tree), len(tree) + batch_at(len(tree))))
-        os.write(report, struct.pack("<QQ", len(tree), 0))
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.timeout(3600)
-def test_kills_lose_no_acknowledged_append(tmp_path):
-    """kill -9 at random moments: all levels agree, every acknowledged append is there, and no part of another."""
-    rng = random.Random(1)
-    folder, cut = tmp_path / "0", 0
-    for kill in range(KILLS):
-        if kill % 10 == 0:
-            folder = tmp_path / str(kill)
-            MegaContextTree(config_of(**KILL_CONFIG), folder=folder).close()
-            lengths = [0]
-        watched = folder / ("KV0.ctx", "LOD1.ctx")[kill // 2 % 2] if kill % 2 else None
-        report = killed(lambda pipe, folder=folder: kill_writer(folder, pipe), rng.uniform(0, 0.02), watched)
-        acknowledged = struct.unpack("<QQ", report)[0]
-        sizes = [path.stat().st_size for path in folder.glob("*.ctx")]
-        tree = MegaContextTree(config_of(**KILL_CONFIG), folder=folder)
-        cut += sizes != [path.stat().st_size for path in folder.glob("*.ctx")]
-        assert len(tree) in (acknowledged, acknowledged + batch_at(acknowledged))
-        while lengths[-1] < len(tree):
-            lengths.append(lengths[-1] + batch_at(lengths[-1]))
-        assert lengths[-1] == len(tree), "a part of an append"
-        check(tree, *kill_history(0, len(tree)))
-        tree.close()
-        if kill % 10 == 9:
-            for path in folder.iterdir():
-                path.unlink()
-    print(f"{KILLS} kills, {cut} within an append")

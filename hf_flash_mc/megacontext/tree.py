@@ -110,6 +110,7 @@ class MegaContextTree:
             raise ValueError(f"total: expected 0 to {len(self)} tokens, got {total}")
         self._stores[TOKENS].truncate(total)
         self._align()
+        self._refreshed = {lod: versions[: self.len_of(lod)] for lod, versions in self._refreshed.items()}
 
     def __len__(self) -> int:
         """Tokens of history."""

@@ -283,13 +283,13 @@ class WorkingContext:
         _all("alignment", start % span == 0, start, lod, "expected its start at a multiple of its span")
         _all("time", np.diff(start, prepend=-1) > 0, start, lod, "expected starts that increase")
         _require("time", self._total >= self._seen, f"{self._total} tokens after {self._seen}")
-        _require("atomicity", self._whole_blocks(start, lod), "a block shows some of its children, but not all")
-        follows = np.append(start[1:], self._total)
-        _require("contiguity", self._cost == 0 or start[0] == 0, f"first slot at {start[:1]}, expected 0")
         _require("contiguity", self._cost > 0 or self._total == 0, f"no slots for {self._total} tokens")
-        _all(
-            "contiguity", end == follows, start, lod, "expected its end where the next slot starts, or the history ends"
+        _require("contiguity", self._cost == 0 or start[0] == 0, f"first slot at {start[:1]}, expected 0")
+        _require(
+            "contiguity", self._cost == 0 or end[-1] == self._total, f"last end {end[-1:]} of {self._total} tokens"
         )
+        _require("atomicity", self._whole_blocks(start, lod), "a block shows some of its children, but not all")
+        _all("contiguity", end[:-1] == start[1:], start, lod, "expected its end where the next slot starts")
         if positions is not None:
             same = np.shape(positions) == start.shape and bool(np.all(np.asarray(positions) == self.positions))
             _require("positions", same, "expected a token's own position, and start + span // 2 for a gist")

@@ -51,9 +51,12 @@ def _config(plan: Plan, kind: str) -> Config | None:
         return None
     size = _power(plan.sk if kind.startswith("few_keys") else rows)
     config = find(f"{kind}/{size}", plan.arch, plan.dtype == torch.float32, max(plan.d, plan.dv))
-    if config is None or kind.startswith("few_queries"):
-        return config
-    most = max(config.block_m // 2, 16) if any(plan.flags[_ALIBI:_PACKED]) else config.block_m  # they need registers
+    costly = any(plan.flags[_ALIBI:_PACKED])  # ALiBi, softcap, sinks, dropout: half the tile, for their registers
+    if config is None or (costly and size > 64):
+        return None
+    if kind.startswith("few_queries"):
+        return config._replace(block_n=max(config.block_n // 2, 16)) if costly else config
+    most = max(config.block_m // 2, 16) if costly else config.block_m
     block_m = min(most, _power(rows))
     # as many rows a warp as the table says; but gradients of the keys need registers whatever the rows
     warps = max(config.num_warps * block_m // most, 1)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -59,25 +60,16 @@ def variant(plan: Plan, config: HopperConfig | None = None) -> tuple[Features, C
     return f, cut, config
 
 
-class Tiles:
-    """What makes tensor descriptors of one tensor's signature: its sizes, strides and the block of one copy.
+class Tiles(NamedTuple):
+    """What makes tensor descriptors of one tensor's signature: its sizes, strides and the block of one copy."""
 
-    Triton's own TensorDescriptor checks itself for 5 us; this one is made of what was checked already.
-    """
+    shape: list[int]
+    strides: list[int]
+    block_shape: list[int]
+    layout: Any
 
-    __slots__ = ("base", "block_shape", "layout", "padding", "shape", "strides")
-
-    def __init__(self, shape: list[int], strides: list[int], block: list[int], layout: Any):
-        self.shape, self.strides, self.block_shape, self.layout, self.padding = shape, strides, block, layout, "zero"
-        self.base: Any = None
-
-    def of(self, base: Tensor) -> Tiles:
-        made = Tiles(self.shape, self.strides, self.block_shape, self.layout)
-        made.base = base
-        return made
-
-    def checked(self, base: Tensor) -> TensorDescriptor:
-        return TensorDescriptor(base, self.shape, self.strides, self.block_shape, self.layout)
+    def of(self, base: Tensor) -> TensorDescriptor:
+        return TensorDescriptor(base, *self)
 
 
 def tiles(x: Tensor, rows: int, width: int) -> Tiles:
@@ -107,37 +99,91 @@ def tma_problem(x: Tensor) -> str | None:
 class Launch:
     """A Gluon kernel with its grid and numbers: ``launch(bases, tensors)``; the first launch compiles.
 
-    Later ones hand plain addresses to the compiled kernel.
+    Later ones hand plain addresses to the compiled kernel: 25 us of host time in place of 90.
     """
 
-    __slots__ = ("constants", "grid", "kernel", "numbers", "runner", "tiles", "warps")
+    __slots__ = ("constants", "grid", "kernel", "numbers", "runner", "tiles")
 
     def __init__(self, kernel: Any, grid: int, tiles: list[Tiles], numbers: tuple, constants: tuple):
         self.kernel, self.grid, self.tiles = kernel, (grid, 1, 1), tiles
         self.numbers, self.constants = numbers, constants
-        self.runner: Callable[..., None] | None = None
+        self.runner: Callable[[list[Tensor], list[int]], None] | None = None
 
     def __call__(self, bases: list[Tensor], tensors: list[Tensor | None]) -> None:
-        aligned = True
         if self.runner is not None:
             addresses = [0 if t is None else t.data_ptr() for t in tensors]
             bits = 0
             for address in addresses:
                 bits |= address
-            aligned = bits & 15 == 0
-            if aligned:
-                made = [t.of(x) for t, x in zip(self.tiles, bases, strict=True)]
-                self.runner(*made, *addresses, *self.numbers, *self.constants)
+            if bits & 15 == 0:
+                self.runner(bases, addresses)
                 return
         args = [bases[0] if t is None else t for t in tensors]  # stands in for what is absent and never read
-        made = [t.checked(x) for t, x in zip(self.tiles, bases, strict=True)]
-        compiled = self.kernel[self.grid](*made, *args, *self.numbers, *self.constants, num_warps=4)
+        described = [t.of(x) for t, x in zip(self.tiles, bases, strict=True)]
+        compiled = self.kernel[self.grid](*described, *args, *self.numbers, *self.constants, num_warps=4)
         if compiled is not None and all(t.data_ptr() & 15 == 0 for t in args):
-            self.runner = direct(compiled, self.grid)
+            self.runner = _runner(compiled, self)
 
 
-def direct(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
-    """The compiled kernel as a function of its arguments; on Triton 3.6 straight to the launcher's C function."""
-    from ..portable.plan import _runner
+_MAPS_KEPT = 256  # addresses of one argument, whose encoded tensor maps are kept
 
-    return _runner(compiled, grid)
+
+def _runner(compiled: Any, of: Launch) -> Callable[[list[Tensor], list[int]], None]:
+    """The compiled kernel as a function of bases and addresses.
+
+    On Triton 3.6 straight to the launcher's C function, with tensor maps that are encoded once for each address; other
+    versions, and profilers that hook launches, go through ``compiled[grid]``.
+    """
+    grid, described, rest = of.grid, of.tiles, (*of.numbers, *of.constants)
+    general = compiled[grid]
+
+    def through_triton(bases: list[Tensor], addresses: list[int]) -> None:
+        general(*[t.of(x) for t, x in zip(described, bases, strict=True)], *addresses, *rest)
+
+    launcher = compiled.run
+    launch = _c_function(launcher)
+    metas = getattr(compiled.metadata, "tensordesc_meta", None)
+    if launch is None or launcher.global_scratch_size or not metas or len(metas) != len(described):
+        return through_triton
+    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+    from triton.runtime import driver
+
+    encode = driver.active.utils.fill_tma_descriptor
+    fixed = [
+        (m["swizzle"], m["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[m["elem_type"]], m["block_size"], t.shape, t.strides, 0)
+        for m, t in zip(metas, described, strict=True)
+    ]
+    sizes = [(*t.shape, *t.strides) for t in described]
+    known: list[dict[int, Any]] = [{} for _ in described]
+    function, metadata, runtime = compiled.function, compiled.packed_metadata, triton.knobs.runtime
+    cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
+    current_stream, device = torch._C._cuda_getCurrentRawStream, torch.cuda.current_device()
+
+    def direct(bases: list[Tensor], addresses: list[int]) -> None:
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook  # None, a function, or a chain of them
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            return through_triton(bases, addresses)
+        args: list[Any] = []
+        for base, maps, constant, size in zip(bases, known, fixed, sizes, strict=True):
+            address = base.data_ptr()
+            encoded = maps.get(address)
+            if encoded is None:
+                if len(maps) >= _MAPS_KEPT:
+                    maps.clear()
+                encoded = maps[address] = encode(address, *constant)
+            args.append(encoded)
+            args += size
+        launch(*grid, current_stream(device), function, cooperative, dependent, None, None, metadata, None, None, None,
+               *args, *addresses, *rest)  # fmt: skip
+        return None
+
+    return direct
+
+
+def _c_function(launcher: Any) -> Any:
+    """The C function that Triton 3.6 wraps in one that encodes tensor descriptors; None where that looks different."""
+    launch = getattr(launcher, "launch", None)
+    if not triton.__version__.startswith("3.6.") or torch.version.hip or not hasattr(launch, "__closure__"):
+        return None
+    held = dict(zip(launch.__code__.co_freevars, launch.__closure__ or (), strict=True))
+    return held["launcher"].cell_contents if "launcher" in held else None

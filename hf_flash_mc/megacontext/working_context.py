@@ -324,7 +324,7 @@ class WorkingContext:
                 raise error(f"edits[{i}] ({what} start {start[i]}, lod {lod[i]}): {reason}; nothing was changed")
 
         top = self.config.max_lod
-        require(np.isin(kind, (EXPAND, COLLAPSE)), "expected kind +1 (expand) or -1 (collapse)")
+        require((kind == EXPAND) | (kind == COLLAPSE), "expected kind +1 (expand) or -1 (collapse)")
         require((lod >= 1) & (lod <= top), f"expected the level of a gist, 1 to {top}")
         span = self.spans[lod]
         end = start + span

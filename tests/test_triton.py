@@ -11,7 +11,7 @@ from helpers import Case, check_results, make_inputs, run_case
 
 pytest.importorskip("triton")
 
-from hf_flash_mc.ops.portable import launch, plan
+from hf_flash_mc.ops.portable import launch, plan, shapes
 from hf_flash_mc.ops.portable.common import narrow_parts, split_head_dim
 from hf_flash_mc.ops.spec import Needs, Spec
 from hf_flash_mc.ops.tuning import Config
@@ -21,6 +21,13 @@ pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and not plan.INTERPRETED, reason="needs a GPU, or TRITON_INTERPRET=1 before triton is imported"
 )
 BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.fixture(autouse=True)
+def general_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those for special shapes, which would take most of these small calls: test_triton_shapes.py has them."""
+    monkeypatch.setattr(shapes, "ENABLED", False)
+
 
 ONCE_WRONG = {
     "softcap's slope of a NaN key reached dK": Case(

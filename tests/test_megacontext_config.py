@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from hf_flash_mc.megacontext import AllocatorState, BudgetError, FocusAllocator, MegaContextConfig, WorkingContext
+
+
+def test_the_data_structures_need_neither_transformers_nor_triton():
+    code = "import sys, hf_flash_mc.megacontext as m; m.MegaContextTree, m.FocusAllocator; print(*sys.modules)"
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert not {"transformers", "triton"} & set(done.stdout.split())
 
 
 def test_defaults_are_those_of_the_specification():

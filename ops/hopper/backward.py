@@ -13,10 +13,7 @@ the next step under the writing of dQ.
 from typing import NamedTuple
 
 from ..portable.backward import _plan_queries
-from ..portable.common import (
-    LOG2E,
-    row_ranges,
-)
+from ..portable.common import backward_logits, backward_weights, key_in_use, row_ranges
 from .shim import (
     bar_sync,
     fence_async_shared,
@@ -50,18 +47,19 @@ class Schedule(NamedTuple):
 
 
 @gluon.jit
-def _producer(descs, rows_ptr, smem, bars, where, F: gl.constexpr, T: gl.constexpr):
-    q_desc, k_desc, v_desc, do_desc = descs
+def _producer(descs, rows_ptr, dirty_ptr, smem, bars, where, F: gl.constexpr, T: gl.constexpr):
+    q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc = descs
     q_s, k_s, v_s, do_s, rows_s = smem
     kv_full, q_full, do_full, empty = bars
-    batch, head_k, n0, group, first, tiles, count, shift, row_plane, row_head = where
+    batch, head_k, n0, group, first, tiles, count, shift, units, unit0 = where
     STAGES: gl.constexpr = T.STAGES
     SUBS: gl.constexpr = T.SUBS
     D: gl.constexpr = F.D
     DV: gl.constexpr = F.DV
     ROWS: gl.constexpr = F.BLOCK_N
     BLOCK_M: gl.constexpr = F.BLOCK_M
-    lane = gl.arange(0, 2 * SUB, layout=gl.BlockedLayout([4], [32], [1], [0]))
+    WIDTH: gl.constexpr = SUB * (4 if F.HAS_RANGES else 2)
+    lane = gl.arange(0, WIDTH, layout=gl.BlockedLayout([4], [32], [1], [0]))
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
     tma_load(k_desc, [batch, head_k, n0, 0], kv_full, k_s.index(0).reshape((1, 1, ROWS, D)))
     tma_load(v_desc, [batch, head_k, n0, 0], kv_full, v_s.index(0).reshape((1, 1, ROWS, DV)))
@@ -70,27 +68,27 @@ def _producer(descs, rows_ptr, smem, bars, where, F: gl.constexpr, T: gl.constex
         phase = (t // STAGES) & 1
         head = head_k * group + t // tiles
         m0 = (first + (t + shift) % tiles) * BLOCK_M
-        at = rows_ptr + (row_plane + head * row_head + m0) * 2 + lane
-        rows = gl.load(at)
+        unit = unit0 + head * units + m0 // SUB
+        rows = gl.load(rows_ptr + unit * WIDTH + lane)
         if SUBS == 2:
-            more_rows = gl.load(at + 2 * SUB)
+            more_rows = gl.load(rows_ptr + (unit + 1) * WIDTH + lane)
         mbarrier.wait(empty.index(stage), phase ^ 1)
         mbarrier.expect(q_full.index(stage), SUBS * q_desc.block_type.nbytes)
-        for j in gl.static_range(SUBS):
-            tma_load(
-                q_desc,
-                [batch, head, m0 + j * SUB, 0],
-                q_full.index(stage),
-                q_s.index(stage * SUBS + j).reshape((1, 1, SUB, D)),
-            )
         mbarrier.expect(do_full.index(stage), SUBS * do_desc.block_type.nbytes)
         for j in gl.static_range(SUBS):
-            tma_load(
-                do_desc,
-                [batch, head, m0 + j * SUB, 0],
-                do_full.index(stage),
-                do_s.index(stage * SUBS + j).reshape((1, 1, SUB, DV)),
-            )
+            at = [batch, head, m0 + j * SUB, 0]
+            q_j = q_s.index(stage * SUBS + j).reshape((1, 1, SUB, D))
+            do_j = do_s.index(stage * SUBS + j).reshape((1, 1, SUB, DV))
+            if F.SANITIZE:
+                if gl.load(dirty_ptr + unit + j) != 0:
+                    tma_load(clean_q_desc, at, q_full.index(stage), q_j)
+                    tma_load(clean_do_desc, at, do_full.index(stage), do_j)
+                else:
+                    tma_load(q_desc, at, q_full.index(stage), q_j)
+                    tma_load(do_desc, at, do_full.index(stage), do_j)
+            else:
+                tma_load(q_desc, at, q_full.index(stage), q_j)
+                tma_load(do_desc, at, do_full.index(stage), do_j)
         rows_s.index(stage * SUBS).store(rows)
         if SUBS == 2:
             rows_s.index(stage * SUBS + 1).store(more_rows)
@@ -98,14 +96,20 @@ def _producer(descs, rows_ptr, smem, bars, where, F: gl.constexpr, T: gl.constex
 
 
 @gluon.jit
-def _consumer(descs, pointers, smem, bars, where, strides, numbers, CID: gl.constexpr, F: gl.constexpr,
+def _zero_rows(tile, keep, LAYOUT: gl.constexpr):
+    """Zeros in the rows of a shared-memory tile that are not kept."""
+    x = tile.load(LAYOUT)
+    tile.store(gl.where(keep[:, None], x, gl.zeros_like(x)))
+
+
+@gluon.jit
+def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F: gl.constexpr,
               T: gl.constexpr):  # fmt: skip
     dq_desc, dk_desc, dv_desc = descs
-    ranges_ptr, weight_ptr, slopes_ptr, seed_ptr, dw_ptr = pointers
+    seen_ptr, weight_ptr, slopes_ptr, seed_ptr, dw_ptr = pointers
     q_s, k_s, v_s, do_s, ds_s, dq_s, rows_s = smem
     kv_full, q_full, do_full, empty = bars
     batch, head_k, n0, group, first, tiles, count, shift, full_lo, full_hi = where
-    stride_rh, stride_rm = strides
     scale, softcap, keep_scale, sq, sk, window_left, window_right, threshold, off_b, off_h, off_m, off_n = numbers
     STAGES: gl.constexpr = T.STAGES
     DS_STAGES: gl.constexpr = T.DS_STAGES
@@ -132,6 +136,22 @@ def _consumer(descs, pointers, smem, bars, where, strides, numbers, CID: gl.cons
     mbarrier.wait(kv_full, 0)
     k_own = k_s.index(0).slice(CID * HALF, HALF, 0)
     v_own = v_s.index(0).slice(CID * HALF, HALF, 0)
+    if F.HAS_RANGES or F.HAS_WEIGHT or (F.SANITIZE and F.HAS_LEFT):
+        # a key that no row sees may hold NaN, and 0 * NaN is NaN
+        CLEAN: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        own = n0 + CID * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, CLEAN))
+        use = key_in_use(weight_ptr, own, sk, F)
+        if F.HAS_RANGES:
+            use = use & (gl.load(seen_ptr + own) != 0)
+        elif F.HAS_LEFT:
+            use = use & (own >= sk - sq - window_left)
+        _zero_rows(k_own, use, CLEAN)
+        _zero_rows(v_own, use, CLEAN)
+        fence_async_shared()
+    seed = 0
+    if F.HAS_DROPOUT:
+        seed = gl.load(seed_ptr)
+    dw = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, st))
     if T.K_REGS:
         k_regs = k_own.load(as_s)
     if T.V_REGS:
@@ -164,6 +184,12 @@ def _consumer(descs, pointers, smem, bars, where, strides, numbers, CID: gl.cons
         if not T.EARLY:
             mbarrier.wait(q_full.index(stage), phase)
             s_next = warpgroup_mma(k_op, q_s.index(stage * SUBS).permute((1, 0)), zero_s, use_acc=False, is_async=True)
+        slope = 0.0
+        if F.HAS_ALIBI:
+            slope = gl.load(slopes_ptr + head).to(gl.float32)
+        dropout = (0, 0, 0, 0, 0, 0)
+        if F.HAS_DROPOUT:
+            dropout = (seed, head + off_h, batch + off_b, off_m, off_n, threshold)
         for j in gl.static_range(SUBS):
             q_j = q_s.index(stage * SUBS + j)
             do_j = do_s.index(stage * SUBS + j)
@@ -173,16 +199,32 @@ def _consumer(descs, pointers, smem, bars, where, strides, numbers, CID: gl.cons
             dp = warpgroup_mma(v_op, do_j.permute((1, 0)), zero_s, use_acc=False, is_async=True)
             if T.SETTLE:
                 mbarrier.wait(do_full.index(stage), phase)
-            lse2 = rows_s.index(stage * SUBS + j).slice(0, SUB, 0).load(gl.SliceLayout(0, st))
+            rows = rows_s.index(stage * SUBS + j)
+            lse2 = rows.slice(0, SUB, 0).load(gl.SliceLayout(0, st))
             if T.EARLY and j == 0:
                 s = s_next
             else:
                 s = warpgroup_mma_wait(1, deps=(s_next,))
-            p = gl.exp2(s * (scale * LOG2E) - lse2[None, :])
+            p, cap_slope, keep = backward_weights(
+                s, lse2[None, :], row[None, :], col[:, None], True, scale, softcap, slope, weight_ptr, 0, 0, weight_ptr,
+                dropout, sq, sk, F, False,
+            )  # fmt: skip
             if masked:
-                lo, hi = row_ranges(ranges_ptr + head * stride_rh, stride_rm, row, sq, sk, window_left, window_right, F)
-                p = gl.where((col[:, None] >= lo[None, :]) & (col[:, None] < hi[None, :]), p, 0.0)
-            dv_t = warpgroup_mma(gl.convert_layout(p.to(dtype), as_v), do_j, dv, is_async=True)
+                if F.HAS_RANGES:  # as float32, which is exact below 2^24
+                    key = col.to(gl.float32)
+                    low = rows.slice(2 * SUB, SUB, 0).load(gl.SliceLayout(0, st))
+                    p = gl.where(key[:, None] >= low[None, :], p, 0.0)
+                    high = rows.slice(3 * SUB, SUB, 0).load(gl.SliceLayout(0, st))
+                    p = gl.where(key[:, None] < high[None, :], p, 0.0)
+                else:
+                    lo, hi = row_ranges(weight_ptr, 0, row, sq, sk, window_left, window_right, F)
+                    p = gl.where(col[:, None] < hi[None, :], p, 0.0)
+                    if F.HAS_LEFT:
+                        p = gl.where(col[:, None] >= lo[None, :], p, 0.0)
+            weights = p
+            if F.HAS_DROPOUT:
+                weights = gl.where(keep, p, 0.0)
+            dv_t = warpgroup_mma(gl.convert_layout(weights.to(dtype), as_v), do_j, dv, is_async=True)
             if j + 1 < SUBS:
                 s_next = warpgroup_mma(
                     k_op, q_s.index(stage * SUBS + j + 1).permute((1, 0)), zero_s, use_acc=False, is_async=True
@@ -190,8 +232,12 @@ def _consumer(descs, pointers, smem, bars, where, strides, numbers, CID: gl.cons
                 dp = warpgroup_mma_wait(2, deps=(dp,))
             else:
                 dp = warpgroup_mma_wait(1, deps=(dp,))
-            delta = rows_s.index(stage * SUBS + j).slice(SUB, SUB, 0).load(gl.SliceLayout(0, st))
-            ds = p * (dp - delta[None, :])
+            delta = rows.slice(SUB, SUB, 0).load(gl.SliceLayout(0, st))
+            ds = backward_logits(p, dp, delta[None, :], True, keep, keep_scale, F, False)
+            if F.WEIGHT_GRAD:
+                dw += gl.sum(ds, 1)
+            if F.HAS_SOFTCAP:
+                ds = ds * cap_slope
             ds16 = ds.to(dtype)
             dk_t = warpgroup_mma(gl.convert_layout(ds16, as_k), q_j, dk, is_async=True)
             ds_s.index(ds_slot + j).slice(CID * HALF, HALF, 0).store(ds16)
@@ -231,6 +277,8 @@ def _consumer(descs, pointers, smem, bars, where, strides, numbers, CID: gl.cons
         if T.EARLY:  # ptxas serialises every product of a loop that carries one in flight over its end
             s_next = warpgroup_mma_wait(0, deps=(s_next,))
     tma_store_wait(0)
+    if F.WEIGHT_GRAD:
+        gl.store(dw_ptr + col, dw, mask=col < sk)
     bar_sync(9, 256)  # nobody reads the keys any more: their memory takes dK and dV
     k_own.store((dk * scale).to(dtype))
     v_own.store((dv * keep_scale).to(dtype))
@@ -251,20 +299,20 @@ def _tiles(COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, DTYPE
 
 
 _RUNTIME_INTS = [
-    "HQ", "GROUP", "SQ", "SK", "tiles", "padded", "window_left", "window_right", "threshold", "off_b", "off_h", "off_m",
-    "off_n", "stride_rb", "stride_rh", "stride_rm", "stride_tb", "stride_th", "stride_wb", "stride_wh", "stride_ab",
+    "HQ", "GROUP", "SQ", "SK", "tiles", "units", "window_left", "window_right", "threshold", "off_b", "off_h", "off_m",
+    "off_n", "stride_sb", "stride_sh", "stride_tb", "stride_th", "stride_wb", "stride_wh", "stride_ab",
 ]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=_RUNTIME_INTS)
-def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv_desc,
-                           rows_ptr, ranges_ptr, weight_ptr, slopes_ptr, seed_ptr, plans_ptr, dw_ptr,
-                           stride_rb, stride_rh, stride_rm, stride_tb, stride_th, stride_wb, stride_wh, stride_ab,
-                           scale, softcap, keep_scale, HQ, GROUP, SQ, SK, tiles, padded, window_left, window_right,
+def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc, dq_desc, dk_desc, dv_desc,
+                           rows_ptr, dirty_ptr, seen_ptr, weight_ptr, slopes_ptr, seed_ptr, plans_ptr, dw_ptr,
+                           stride_sb, stride_sh, stride_tb, stride_th, stride_wb, stride_wh, stride_ab,
+                           scale, softcap, keep_scale, HQ, GROUP, SQ, SK, tiles, units, window_left, window_right,
                            threshold, off_b, off_h, off_m, off_n, F: gl.constexpr, T: gl.constexpr):  # fmt: skip
     """dK, dV of 128 keys and their share of dQ / scale, added into float32. Grid: tiles * HKV * B.
 
-    ``rows_ptr``: float32 [B, HQ, 2 * padded, 2, 64], lse in base 2 and delta of every 64 query rows.
+    ``rows_ptr`` and ``dirty_ptr`` [B, HQ, units] and ``seen_ptr`` come from backward_rows.py.
     """
     D: gl.constexpr = F.D
     DV: gl.constexpr = F.DV
@@ -282,7 +330,7 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv
     batch = pid // tiles // HK
     head_k = pid // tiles % HK
     n0 = tile * BLOCK_N
-    start, full_start, full_tiles, left, masked_tiles = _plan_queries(
+    start, full_start, full_tiles, _left, masked_tiles = _plan_queries(
         plans_ptr, batch.to(gl.int64), head_k * GROUP, stride_tb, stride_th, n0, SQ, SK, window_left, window_right, F
     )
     first = start // BLOCK_M
@@ -307,7 +355,8 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv
     dq_s = gl.allocate_shared_memory(
         gl.float32, [2, SUB, DQ_COLS], gl.NVMMASharedLayout.get_default_for([SUB, DQ_COLS], gl.float32)
     )
-    rows_s = gl.allocate_shared_memory(gl.float32, [STAGES * SUBS, 2 * SUB], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    WIDTH: gl.constexpr = SUB * (4 if F.HAS_RANGES else 2)
+    rows_s = gl.allocate_shared_memory(gl.float32, [STAGES * SUBS, WIDTH], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -318,18 +367,26 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv
         mbarrier.init(do_full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    row_head = padded * 128
-    row_plane = batch * HQ * row_head
+    b64 = batch.to(gl.int64)
+    unit0 = b64 * HQ * units
+    pointers = (
+        seen_ptr + b64 * stride_sb + (head_k * GROUP).to(gl.int64) * stride_sh,
+        weight_ptr + b64 * stride_wb + head_k.to(gl.int64) * stride_wh,
+        slopes_ptr + b64 * stride_ab,
+        seed_ptr,
+        dw_ptr + (b64 * HK + head_k) * SK,
+    )
     descs = (dq_desc, dk_desc, dv_desc)
-    pointers = (ranges_ptr + batch.to(gl.int64) * stride_rb, weight_ptr, slopes_ptr, seed_ptr, dw_ptr)
+    loads = (q_desc, k_desc, v_desc, do_desc, q_desc, do_desc)
+    if F.SANITIZE:
+        loads = (q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc)
     smem = (q_s, k_s, v_s, do_s, ds_s, dq_s, rows_s)
     bars = (kv_full, q_full, do_full, empty)
     where = (batch, head_k, n0, GROUP, first, met, count, shift, full_start, full_hi)
-    strides = (stride_rh, stride_rm)
     numbers = (scale, softcap, keep_scale, SQ, SK, window_left, window_right, threshold, off_b, off_h, off_m, off_n)
     gl.warp_specialize([
-        (_consumer, (descs, pointers, smem, bars, where, strides, numbers, 0, F, T)),
-        (_consumer, (descs, pointers, smem, bars, where, strides, numbers, 1, F, T)),
-        (_producer, ((q_desc, k_desc, v_desc, do_desc), rows_ptr, (q_s, k_s, v_s, do_s, rows_s), bars,
-                     (batch, head_k, n0, GROUP, first, met, count, shift, row_plane, row_head), F, T)),
+        (_consumer, (descs, pointers, smem, bars, where, numbers, 0, F, T)),
+        (_consumer, (descs, pointers, smem, bars, where, numbers, 1, F, T)),
+        (_producer, (loads, rows_ptr, dirty_ptr, (q_s, k_s, v_s, do_s, rows_s), bars,
+                     (batch, head_k, n0, GROUP, first, met, count, shift, units, unit0), F, T)),
     ], [4, 1], [REGS, 24])  # fmt: skip

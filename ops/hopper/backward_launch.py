@@ -11,13 +11,14 @@ from ..portable.plan import Plan, features, plan_of, strides
 from ..spec import Gradients, Needs, Spec, Varlen, bshd_layout, new_bshd
 from ..tuning import Config
 from .backward import Schedule, attn_bwd_hopper_kernel
-from .backward_rows import attn_bwd_hopper_round, attn_bwd_hopper_rows
+from .backward_rows import attn_bwd_hopper_keys_seen, attn_bwd_hopper_round, attn_bwd_hopper_rows
 from .plan import Launch, padded, tiles, tma_problem
 
 HEAD_DIMS = (40, 128)  # below, padding to 64 wastes more than the fused form saves
 KEYS = 128  # of one program
 ROUND_BLOCK = 4096
-SCHEDULES = {64: Schedule(SUBS=2), 128: Schedule()}  # by padded head dim
+MAX_KEYS_IN_RANGES = 1 << 24  # the kernel compares them as float32
+SCHEDULES = {64: Schedule(SUBS=2, K_REGS=True), 128: Schedule()}  # by padded head dim
 Configs = dict[str, Schedule]
 
 
@@ -38,19 +39,17 @@ def unsupported_backward(
         reasons.append("deterministic: the fused backward sums dQ in no fixed order")
     if not (needs.dq and (needs.dk or needs.dv)):
         reasons.append("gradients: the fused backward computes dq, dk and dv together")
-    absent = {
-        "varlen": varlen is not None,
-        "mask": spec.mask is not None,
-        "bias": spec.bias is not None,
-        "key_log_weight": spec.key_log_weight is not None,
-        "alibi_slopes": spec.alibi_slopes is not None,
-        "softcap": spec.softcap > 0,
-        "dropout_p": spec.dropout_p > 0,
-    }
+    absent = {"packed sequences": varlen is not None, "mask": spec.mask is not None, "bias": spec.bias is not None}
     reasons += [f"{name}: not in the fused backward" for name, given in absent.items() if given]
     ranges = spec.key_ranges
-    if ranges is not None and ranges.dim() == 4 and ranges.shape[1] > 1 and q.shape[1] != k.shape[1]:
-        reasons.append("key_ranges: the fused backward takes one range for all query heads of a KV head")
+    if ranges is not None:
+        if varlen is None and ranges.shape[1] > 1 and q.shape[1] != k.shape[1]:
+            reasons.append("key_ranges: the fused backward takes one range for all query heads of a KV head")
+        if k.shape[-2] > MAX_KEYS_IN_RANGES:
+            reasons.append(f"key_ranges: the fused backward takes up to {MAX_KEYS_IN_RANGES} keys")
+    for name, small in (("key_ranges", ranges), ("key_log_weight", spec.key_log_weight)):
+        if small is not None and small.stride(-1) != 1 and small.shape[-1] != 1:
+            reasons.append(f"{name}: the last dimension is not contiguous")
     return reasons
 
 
@@ -69,29 +68,15 @@ def backward(
     if out.stride(-1) != 1:
         out = out.contiguous()
     schedule = configs.get("bwd") if configs else None
-    key = ("hopper-bwd", schedule, dout.stride(), out.stride(), None if dlse is None else (dlse.stride(), dlse.dtype))
+    weighed = needs.dkey_log_weight and spec.key_log_weight is not None
+    key = (
+        "hopper-bwd", schedule, weighed, dout.stride(), out.stride(),
+        None if dlse is None else (dlse.stride(), dlse.dtype),
+    )  # fmt: skip
     steps = plan.launches.get(key)
     if steps is None:
-        steps = plan.launches[key] = _Steps(plan, q, k, v, dout, out, dlse, schedule)
-    rows = lse.new_empty(steps.rows_shape)
-    total = lse.new_empty_strided(*steps.total_layout)
-    dq, dk, dv = new_bshd(q), new_bshd(k), new_bshd(v)
-    dsink = None if spec.sinks is None else lse.new_empty(steps.rows_shape[:3])
-    steps.rows([out, dout, lse, dlse, spec.sinks, rows, total, dsink])
-    plans = steps.key_plans.run(spec.key_ranges, None)
-    steps.main(
-        [q, k, v, dout, total, dk, dv],
-        [rows, spec.key_ranges, spec.key_log_weight, spec.alibi_slopes, spec.dropout_seed, plans, None],
-    )
-    steps.round([total, dq])
-    return Gradients(
-        dq,
-        dk if needs.dk else None,
-        dv if needs.dv else None,
-        None,
-        None,
-        None if dsink is None or spec.sinks is None or not needs.dsinks else dsink.sum((0, 2)).to(spec.sinks.dtype),
-    )
+        steps = plan.launches[key] = _Steps(plan, q, k, v, dout, out, dlse, weighed, schedule)
+    return steps.run(dout, dlse, q, k, v, out, lse, spec, needs)
 
 
 class _Steps:
@@ -106,18 +91,31 @@ class _Steps:
         dout: Tensor,
         out: Tensor,
         dlse: Tensor | None,
+        weighed: bool,
         schedule: Schedule | None,
     ):
         width, width_v = padded(plan.d), padded(plan.dv)
         schedule = schedule or SCHEDULES[max(width, width_v)]
         block = 64 * schedule.SUBS
-        f = features(Config(block, KEYS, 4, 1), plan.d, plan.dv, plan.flags)
-        blocks = -(-plan.sq // 128) * 2  # of 64 rows: a whole number of the largest tiles
-        self.rows_shape = (plan.batch, plan.hq, blocks, 2, 64)
+        f = features(Config(block, KEYS, 4, 1), plan.d, plan.dv, plan.flags, weight_grad=weighed)
+        self.plan, self.weighed, self.sanitize = plan, weighed, f.SANITIZE
+        units = -(-plan.sq // 128) * 2  # of 64 rows: a whole number of the largest tiles
+        self.units_shape = (plan.batch, plan.hq, units)
+        self.row_values = 4 * 64 if f.HAS_RANGES else 2 * 64
         s = (0, 0, 0) if dlse is None else dlse.stride()
-        numbers = (*strides(out), *strides(dout), *s, plan.hq, plan.sq, blocks)
-        grid = blocks * plan.hq * plan.batch
+        numbers = (*strides(out), *strides(dout), *plan.qs, *s, *plan.ranges_strides, plan.hq, plan.sq, plan.sk, units,
+                   *plan.tail[:2])  # fmt: skip
+        grid = units * plan.hq * plan.batch
         self.rows = PortableLaunch(attn_bwd_hopper_rows, grid, numbers, (width, dlse is not None, f))
+
+        self.key_plans, self.keys_seen, seen_strides = _KeyPlans(plan, f), None, (0, 0)
+        count, grid = plan.grid(KEYS, plan.sk, plan.hkv)
+        if plan.ranges_shape is not None:
+            planes = plan.ranges_shape[0] * plan.ranges_shape[1]
+            self.seen_shape = (planes, count * KEYS)
+            seen_strides = tuple(n * KEYS for n in self.key_plans.strides)
+            numbers = (plan.sq * 2, 2, plan.sq, plan.sk, *plan.tail[:2])
+            self.keys_seen = PortableLaunch(attn_bwd_hopper_keys_seen, (count, planes, 1), numbers, (f,))
 
         self.total_layout = bshd_layout(q.shape, plan.d)
         total = torch.empty_strided(*self.total_layout, dtype=torch.float32, device="meta")
@@ -127,16 +125,59 @@ class _Steps:
             tiles(k, KEYS, width),
             tiles(v, KEYS, width_v),
             tiles(dout, 64, width_v),
+            tiles(new_bshd(q), 64, width),
+            tiles(new_bshd(dout), 64, width_v),
             tiles(total, 64, columns),
             tiles(new_bshd(k), KEYS, width),
             tiles(new_bshd(v), KEYS, width_v),
         ]
-        count, grid = plan.grid(KEYS, plan.sk, plan.hkv)
-        self.key_plans = _KeyPlans(plan, f)
-        s = (*plan.ranges_strides, *self.key_plans.strides, *plan.other_strides[-3:])
-        numbers = (*s, *plan.numbers()[-7:], count, blocks // 2, *plan.tail)
+        numbers = (*seen_strides, *self.key_plans.strides, *plan.other_strides[-3:], *plan.numbers()[-7:], count, units,
+                   *plan.tail)  # fmt: skip
         constants = (f._replace(D=width, DV=width_v), schedule)
         self.main = Launch(attn_bwd_hopper_kernel, grid, described, numbers, constants)
 
         n = plan.batch * plan.hq * plan.sq * plan.d
         self.round = PortableLaunch(attn_bwd_hopper_round, -(-n // ROUND_BLOCK), (n, plan.scale), (ROUND_BLOCK,))
+
+    def run(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        spec: Spec,
+        needs: Needs,
+    ) -> Gradients:
+        """All gradients of one call."""
+        plan, ranges, weight, sinks = self.plan, spec.key_ranges, spec.key_log_weight, spec.sinks
+        rows = lse.new_empty((*self.units_shape, self.row_values))
+        total = lse.new_empty_strided(*self.total_layout)
+        dq, dk, dv = new_bshd(q), new_bshd(k), new_bshd(v)
+        dsinks = None if sinks is None else lse.new_empty(self.units_shape)
+        clean_q, clean_dout, dirty = q, dout, None
+        if self.sanitize:  # dq is written last: until then its memory serves
+            clean_q, clean_dout, dirty = dq, new_bshd(dout), lse.new_empty(self.units_shape, dtype=torch.int32)
+        self.rows([out, dout, q, lse, dlse, sinks, ranges, rows, dirty, clean_q, clean_dout, total, dsinks])
+        plans = seen = dw = None
+        if ranges is not None and self.keys_seen is not None:
+            plans = self.key_plans.run(ranges, None)
+            seen = ranges.new_empty(self.seen_shape)
+            self.keys_seen([ranges.contiguous(), plans, seen])
+        if self.weighed:
+            dw = lse.new_empty((plan.batch, plan.hkv, plan.sk))
+        self.main(
+            [q, k, v, dout, clean_q, clean_dout, total, dk, dv],
+            [rows, dirty, seen, weight, spec.alibi_slopes, spec.dropout_seed, plans, dw],
+        )
+        self.round([total, dq])
+        return Gradients(
+            dq,
+            dk if needs.dk else None,
+            dv if needs.dv else None,
+            None,
+            None if dw is None or weight is None else dw.sum_to_size(weight.shape).to(weight.dtype),
+            dsinks.sum((0, 2)).to(sinks.dtype) if dsinks is not None and sinks is not None and needs.dsinks else None,
+        )

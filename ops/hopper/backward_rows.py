@@ -3,30 +3,36 @@
 import triton
 import triton.language as tl
 
-from ..portable.common import LOG2E, load_parts
+from ..portable.common import LOG2E, load_parts, row_ranges, store_parts
 
 
-@triton.jit(do_not_specialize=["HQ", "SQ", "tiles", "stride_lb", "stride_lh", "stride_lm"])
-def attn_bwd_hopper_rows(o_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, rows_ptr, acc_ptr, dsink_ptr,
-                         stride_ob, stride_oh, stride_om, stride_db, stride_dh, stride_dm,
-                         stride_lb, stride_lh, stride_lm, HQ, SQ, tiles,
-                         WIDTH: tl.constexpr, HAS_DLSE: tl.constexpr, F: tl.constexpr):  # fmt: skip
-    """lse in base 2 and delta of 64 rows, side by side; zeros for dQ's sums; this tile's share of dsink.
+@triton.jit(do_not_specialize=["HQ", "SQ", "SK", "units", "window_left", "window_right", "stride_lb", "stride_lh",
+                               "stride_lm", "stride_rb", "stride_rh", "stride_rm"])  # fmt: skip
+def attn_bwd_hopper_rows(o_ptr, do_ptr, q_ptr, lse_ptr, dlse_ptr, sinks_ptr, ranges_ptr, rows_ptr, dirty_ptr,
+                         clean_q_ptr, clean_do_ptr, total_ptr, dsink_ptr,
+                         stride_ob, stride_oh, stride_om, stride_db, stride_dh, stride_dm, stride_qb, stride_qh,
+                         stride_qm, stride_lb, stride_lh, stride_lm, stride_rb, stride_rh, stride_rm, HQ, SQ, SK, units,
+                         window_left, window_right, WIDTH: tl.constexpr, HAS_DLSE: tl.constexpr,
+                         F: tl.constexpr):  # fmt: skip
+    """What the fused kernel asks of 64 query rows (one unit): lse in base 2, delta and, with key_ranges, the keys
+    [lo, hi) that each row sees, as float32. Also zeros for dQ's sums, and this unit's share of dsink.
 
-    ``WIDTH`` is the power of two that holds a head dim.
-
-    See portable/backward.py, attn_bwd_prepare, for the formulas. Rows past SQ get lse +inf: weights of 0. Grid:
-    tiles * HQ * B, where tiles covers rows_ptr's padded length.
+    See portable/backward.py, attn_bwd_prepare, for the formulas. Rows past SQ get lse +inf: weights of 0. A unit with
+    a row that sees no key is ``dirty``: q and dout of such a row may hold NaN, so the unit is copied with zeros in
+    their place. ``WIDTH`` is the power of two that holds a head dim. Grid: units * HQ * B.
     """
     ROWS: tl.constexpr = 64
     DV_PARTS: tl.constexpr = F.DV_PARTS
+    D_PARTS: tl.constexpr = F.D_PARTS
     DV: tl.constexpr = F.DV
+    D: tl.constexpr = F.D
+    VALUES: tl.constexpr = ROWS * (4 if F.HAS_RANGES else 2)
     pid = tl.program_id(0)
-    tile = pid % tiles
-    bh = pid // tiles
+    unit = pid % units
+    bh = pid // units
     batch = (bh // HQ).to(tl.int64)
     head = (bh % HQ).to(tl.int64)
-    row = tile * ROWS + tl.arange(0, ROWS)
+    row = unit * ROWS + tl.arange(0, ROWS)
     valid = row < SQ
     out = load_parts(o_ptr + batch * stride_ob + head * stride_oh, row, valid, stride_om, DV, DV_PARTS, True)
     dout = load_parts(do_ptr + batch * stride_db + head * stride_dh, row, valid, stride_dm, DV, DV_PARTS, True)
@@ -47,17 +53,61 @@ def attn_bwd_hopper_rows(o_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, rows_ptr, 
         sink = tl.load(sinks_ptr + head).to(tl.float32)
         share = tl.where(valid & (empty == 0), tl.math.exp2((sink - tl.where(empty, 0.0, lse)) * LOG2E) * delta, 0.0)
         tl.store(dsink_ptr + pid, -tl.sum(share))
+        # nothing but the sink: the keys it may have seen weigh below 2^-24 together
         empty = empty | ((lse == sink) & (size == 0.0))
-    at = rows_ptr + pid.to(tl.int64) * (2 * ROWS) + tl.arange(0, ROWS)
+    at = rows_ptr + pid.to(tl.int64) * VALUES + tl.arange(0, ROWS)
     tl.store(at, tl.where(empty, float("inf"), lse * LOG2E))
     tl.store(at + ROWS, tl.where(empty, 0.0, delta))
+    if F.HAS_RANGES:
+        ranges = ranges_ptr + batch * stride_rb + head * stride_rh
+        lo, hi = row_ranges(ranges, stride_rm, row, SQ, SK, window_left, window_right, F)
+        tl.store(at + 2 * ROWS, tl.maximum(lo, 0).to(tl.float32))
+        tl.store(at + 3 * ROWS, tl.maximum(hi, 0).to(tl.float32))
+    first = (batch * SQ * HQ + head) * D  # in [B, S, H, D] memory
+    stride = HQ.to(tl.int64) * D
     d = tl.arange(0, WIDTH)
-    acc = acc_ptr + ((batch * SQ + row)[:, None] * HQ + head) * F.D + d[None, :]
-    tl.store(acc, tl.zeros([ROWS, WIDTH], tl.float32), mask=valid[:, None] & (d < F.D)[None, :])
+    total = total_ptr + first + row.to(tl.int64)[:, None] * stride + d[None, :]
+    tl.store(total, tl.zeros([ROWS, WIDTH], tl.float32), mask=valid[:, None] & (d < D)[None, :])
+    if F.SANITIZE:
+        use = valid & (empty == 0)
+        dirty = tl.sum((valid & empty).to(tl.int32)) > 0
+        tl.store(dirty_ptr + pid, dirty.to(tl.int32))
+        if dirty:
+            q = load_parts(q_ptr + batch * stride_qb + head * stride_qh, row, use, stride_qm, D, D_PARTS, True)
+            store_parts(clean_q_ptr + first, row, valid, stride, q, D, D_PARTS)
+            do = load_parts(do_ptr + batch * stride_db + head * stride_dh, row, use, stride_dm, DV, DV_PARTS, True)
+            clean_do = clean_do_ptr + (batch * SQ * HQ + head) * DV
+            store_parts(clean_do, row, valid, HQ.to(tl.int64) * DV, do, DV, DV_PARTS)
+
+
+@triton.jit(do_not_specialize=["SQ", "SK", "window_left", "window_right", "stride_rp", "stride_rm"])
+def attn_bwd_hopper_keys_seen(ranges_ptr, plans_ptr, seen_ptr, stride_rp, stride_rm, SQ, SK, window_left, window_right,
+                              F: tl.constexpr):  # fmt: skip
+    """Which keys some row sees: int32 [planes, tiles * BLOCK_N]. Only key_ranges need it. Grid: (key tiles, planes).
+
+    A tile that some row sees whole needs no look at the others.
+    """
+    BLOCK_N: tl.constexpr = F.BLOCK_N
+    CHUNK: tl.constexpr = 64
+    plane = tl.program_id(1).to(tl.int64)
+    slot = plane * tl.num_programs(0) + tl.program_id(0)
+    first = tl.load(plans_ptr + slot * 4)
+    last = tl.minimum(tl.load(plans_ptr + slot * 4 + 1), SQ)
+    whole = tl.load(plans_ptr + slot * 4 + 2) < tl.load(plans_ptr + slot * 4 + 3)
+    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    seen = (col >= 0) & whole
+    if whole == 0:
+        for start in tl.range(first, last, CHUNK):
+            row = start + tl.arange(0, CHUNK)
+            lo, hi = row_ranges(ranges_ptr + plane * stride_rp, stride_rm, row, SQ, SK, window_left, window_right, F)
+            met = (col[:, None] >= lo[None, :]) & (col[:, None] < hi[None, :])
+            seen = seen | (tl.max(met.to(tl.int32), 1) != 0)
+    tl.store(seen_ptr + slot * BLOCK_N + tl.arange(0, BLOCK_N), seen.to(tl.int32))
 
 
 @triton.jit(do_not_specialize=["count"])
-def attn_bwd_hopper_round(acc_ptr, dq_ptr, count, scale, BLOCK: tl.constexpr):
+def attn_bwd_hopper_round(total_ptr, dq_ptr, count, scale, BLOCK: tl.constexpr):
     """dQ = scale * its float32 sum, in q's dtype. Grid: count / BLOCK."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(dq_ptr + at, (tl.load(acc_ptr + at, mask=at < count) * scale).to(dq_ptr.dtype.element_ty), mask=at < count)
+    total = tl.load(total_ptr + at, mask=at < count) * scale
+    tl.store(dq_ptr + at, total.to(dq_ptr.dtype.element_ty), mask=at < count)

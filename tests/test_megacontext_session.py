@@ -355,6 +355,25 @@ def test_sessions_of_one_model_do_not_mix() -> None:
     assert (torch.cat(parts) - expected).abs().max() <= 1e-5
 
 
+def test_an_earlier_working_context_can_be_shown_again() -> None:
+    model = attached(config=dataclasses.replace(CONFIG, w_max=64, cooldown=0))
+    session = model.megacontext.session(chunk_size=16)
+    session.ingest(history(300))
+    earlier, contents = session.working_context.copy(), session.cache.read(session.memory.slots)
+    session.ingest(history(5, seed=2))
+    session.refocus(rounds=3)
+    assert not np.array_equal(session.working_context.start[: len(earlier)], earlier.start)
+    session.rewind(5)
+    session.restore(earlier)
+    session.check_invariants()
+    assert np.array_equal(session.working_context.start, earlier.start)
+    assert torch.equal(session.cache.read(session.memory.slots), contents)
+    session.restore(earlier)
+    session.rewind(2)
+    with pytest.raises(ValueError, match="at most 298 tokens"):
+        session.restore(earlier)
+
+
 def test_a_failed_forward_leaves_the_session_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = attached()
     session, ids = model.megacontext.session(), history(40)

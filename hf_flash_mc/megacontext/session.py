@@ -17,7 +17,7 @@ from .cache import MegaContextCache
 from .lensnet import LensInput
 from .memory import KVMemory
 from .telemetry import Telemetry
-from .working_context import BudgetError, Edits, WorkingContext
+from .working_context import BudgetError, Change, Edits, WorkingContext
 
 CHUNK = 512  # tokens of one forward while a text is read
 OBSERVED = 64  # last queries whose attention scores the working context
@@ -207,6 +207,30 @@ class MegaContextSession:
         self.working_context = after
         self._logits = None
         self.stats.note(after, edits, written, refocus)
+
+    def restore(self, context: WorkingContext) -> None:
+        """Show what ``context`` shows, a copy of an earlier working context (``session.working_context.copy()``).
+
+        Tokens read since then stay, as tokens. ValueError where it does not fit the history or the budget.
+        """
+        wc = self.working_context
+        later = wc.total - context.total
+        if later < 0 or wc.lod[len(wc) - later :].any():
+            raise ValueError(
+                f"context: expected one of at most {wc.total} tokens, and only tokens after it, got {context.total}"
+            )
+        after = context.copy()
+        after.append(later)
+        top = self.config.max_lod + 1
+        mine, wanted = wc.start * top + wc.lod, after.start * top + after.lod
+        gone, came = np.flatnonzero(~np.isin(mine, wanted)), np.flatnonzero(~np.isin(wanted, mine))
+        if not len(gone):
+            return
+        self._commit(int(after.end[came][after.lod[came] > 0].max(initial=0)))
+        change = Change(wc.start[gone], wc.lod[gone], gone, after.start[came], after.lod[came], came)
+        with self.stats.time("patch"):
+            self.memory.apply(wc, after, change)
+        self.working_context, self._logits = after, None
 
     @torch.no_grad()
     def reread(self, count: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_flash_mc.megacontext.config import MegaContextConfig
-from hf_flash_mc.megacontext.layers import split_attention
+from hf_flash_mc.megacontext.layers import Attention, rms_norm
 from hf_flash_mc.megacontext.lens_graph import GraphedLens
 from hf_flash_mc.megacontext.lensnet import (
     DualLens,
@@ -195,7 +195,7 @@ def test_legality_stops_the_gradient():
 @pytest.mark.parametrize("kind", TRAINED)
 @pytest.mark.parametrize("sizes", [(750, 1442, 4800), (0, 0, 1)], ids=["8192", "1"])
 def test_long_and_short_contexts(kind, sizes):
-    """8192 entries of all levels (the dual lens cuts its keys into parts there), and a single one."""
+    """8192 entries of all levels, and a single one."""
     lens, x = shaken(config(kind, layers=1)), context(*sizes)
     score = lens.score(x)
     assert score.shape == ((8192,) if sizes[0] else (1,))
@@ -206,20 +206,14 @@ def test_long_and_short_contexts(kind, sizes):
         assert not torch.allclose(lens.score(parts), score[: len(score) // 2], atol=1e-4)  # the far half matters
 
 
-@pytest.mark.parametrize("keys", [7, 64, 65, 257], ids="keys{}".format)
-@pytest.mark.parametrize("chunks", [2, 16], ids="chunks{}".format)
-def test_split_attention_is_attention_with_gradients(keys, chunks):
-    q, k, v = (torch.randn(1, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in (6, keys, keys))
-    dout = torch.randn(1, 3, 6, 8, dtype=torch.float64)
-    exact, _ = reference_attention(q, k, v)
-    out = split_attention(q, k, v, chunks)
-    seen = keys // 2 + 1
-    few, _ = reference_attention(q, k[:, :, :seen], v[:, :, :seen])
-    counted = split_attention(q, k, v, chunks, torch.tensor(seen, dtype=torch.int32))
-    torch.testing.assert_close(counted, few, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(out, exact, rtol=1e-9, atol=1e-9)
-    wanted, found = (torch.autograd.grad(x, (q, k, v), dout) for x in (exact, out))
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+def test_attention_of_the_networks_is_attention_with_its_padding_unseen():
+    net, x, far = Attention(32, 16, cross=True).double(), torch.randn(1, 5, 32).double(), torch.randn(1, 9, 32).double()
+    far[:, 7:] = torch.inf
+    q = rms_norm(net.query(x).unflatten(-1, (2, 16)))
+    k, v = net.key_value(far[:, :7]).unflatten(-1, (2, 2, 16)).unbind(2)
+    out, _ = reference_attention(q.transpose(1, 2), rms_norm(k).transpose(1, 2), v.transpose(1, 2))
+    seen = net(x, far, count=torch.tensor(7, dtype=torch.int32))
+    torch.testing.assert_close(seen, net.out(out.transpose(1, 2).flatten(2)), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", TRAINED)
@@ -232,7 +226,7 @@ def test_cursor_may_be_a_tensor_and_a_graph_is_whole(kind):
 
 
 @pytest.mark.parametrize("kind", ["gist_mass", "recency", *TRAINED])
-@pytest.mark.parametrize("pad", [3, 1200], ids="pad{}".format)  # with 1200 the dual lens reads its keys in parts
+@pytest.mark.parametrize("pad", [3, 1200], ids="pad{}".format)
 def test_padding_changes_nothing(kind, pad):
     lens, x = shaken(config(kind, **({"prior": "gist_mass"} if kind in TRAINED else {}))), context()
     n, wanted = len(x.lod), lens.score(x)

@@ -21,7 +21,7 @@ from .config import MegaContextConfig
 from .layers import Block, check_settings, head_dim_of, init_linears, read_settings, rms_norm, window_tables
 from .rope import Rope
 
-POOL_ELEMENTS = 2**25  # of children at a time in ``pool``: about half a gigabyte with what is made of them
+POOL_ELEMENTS = 2**27  # of children at a time in ``pool``: about a gigabyte with what is made of them
 POOL_TOKENS = 2**17  # of a window batch at a time in ``EmbeddingGist.pool``
 
 
@@ -66,9 +66,9 @@ class KVGist(nn.Module):
     """A key and a value per layer and KV head for each block, and the log weight that gists have as keys.
 
     The pooled key has its rotation undone; it is rotated to the block's middle (start + span // 2) when it is put into
-    a cache. Child j's features are down(normalised [key; value]) + place[j], through a GELU, averaged; up (zero at
-    first) turns them into a residual of the pooled key and value, in units of the children's root mean square, so
-    that one learning rate serves layers of any scale.
+    a cache. Child j's features are down([key; value]) + place[j], through a GELU, averaged; up (zero at first) turns
+    them into a residual of the pooled key and value. Both are in units of the children's root mean square, so that one
+    learning rate serves layers of any scale.
 
     Args:
         config: needs num_layers, num_kv_heads and head_dim.
@@ -115,13 +115,12 @@ class KVGist(nn.Module):
         self._check(keys, values, lod, positions)
         dtype = keys.dtype
         keys = self._placed(keys, lod, positions)
-        values = values.float()
         if self.settings.pooling == "query":
             scores = (keys * self.query.float()).sum(-1) / math.sqrt(keys.shape[-1])  # [n, K, L, Hkv]
             weights = scores.softmax(1)[..., None]
             pooled_key, pooled_value = (weights * keys).sum(1), (weights * values).sum(1)
         else:
-            pooled_key, pooled_value = keys.mean(1), values.mean(1)
+            pooled_key, pooled_value = keys.mean(1), values.mean(1, dtype=torch.float32)
         if self.settings.rank:
             key_residual, value_residual = self._residual(keys, values, dtype)
             pooled_key, pooled_value = pooled_key + key_residual, pooled_value + value_residual
@@ -168,12 +167,14 @@ class KVGist(nn.Module):
         return keys.float()
 
     def _residual(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Low-rank residual of pooled key and value, ``[n, L, Hkv, D]`` each; features are held in ``dtype``."""
-        features = torch.cat((rms_norm(keys).to(dtype), rms_norm(values).to(dtype)), -1)  # [n, K, L, Hkv, 2 D]
-        hidden = torch.einsum("nklhd,lhdr->nklhr", features, self.down.to(dtype)).float()
-        hidden = F.gelu(hidden + self.place.float().permute(2, 0, 1, 3)).mean(1)  # [n, L, Hkv, rank]
+        """Low-rank residual of pooled key and value, ``[n, L, Hkv, D]`` each; products with ``down`` run in ``dtype``."""
+        scales = _rms(keys), _rms(values)
+        hidden = self.place.float().permute(2, 0, 1, 3)  # [K, L, Hkv, rank]
+        for x, down, scale in zip((keys, values), self.down.to(dtype).chunk(2, 2), scales, strict=True):
+            hidden = hidden + torch.einsum("nklhd,lhdr->nklhr", x.to(dtype), down).float() / scale[:, None]
+        hidden = F.gelu(hidden).mean(1)  # [n, L, Hkv, rank]
         key, value = torch.einsum("nlhr,lhrd->nlhd", hidden, self.up.float()).chunk(2, -1)
-        return key * _rms(keys), value * _rms(values)
+        return key * scales[0], value * scales[1]
 
     def _check(self, keys: Tensor, values: Tensor, lod: int, positions: Tensor | None) -> None:
         layers, heads = self.beta.shape[:2]
@@ -192,8 +193,9 @@ class KVGist(nn.Module):
 
 
 def _rms(x: Tensor) -> Tensor:
-    """Root mean square over children and dimensions: ``[n, K, L, H, D]`` -> ``[n, L, H, 1]``; a constant."""
-    return x.detach().square().mean((1, 4)).sqrt()[..., None]
+    """Root mean square over children and dimensions: ``[n, K, L, H, D]`` -> ``[n, L, H, 1]``; a constant, not 0."""
+    norm = torch.linalg.vector_norm(x.detach(), dim=(1, 4), dtype=torch.float32)
+    return (norm / math.sqrt(x.shape[1] * x.shape[4])).clamp(min=1e-12)[..., None]
 
 
 def _kv_shape(config: MegaContextConfig) -> tuple[int, int, int, int]:

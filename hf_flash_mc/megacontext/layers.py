@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_flash_mc.ops import flash_attention, merge_attention
+from hf_flash_mc.ops import flash_attention
 
 from .rope import rope_tables, rotate
 
@@ -74,13 +74,11 @@ class Attention(nn.Module):
         context: Tensor | None = None,
         tables: Tables | None = None,
         context_tables: Tables | None = None,
-        chunks: int = 1,
         count: Tensor | None = None,
     ) -> Tensor:
         """x ``[B, S, W]`` attends to itself, or to context ``[B, Sk, W]`` -> ``[B, S, W]``.
 
         tables, context_tables: rotary tables ``[S, D]`` of the queries and of the context's keys; None for no rotation.
-        chunks: split the keys into that many parts that run side by side (few queries, many keys).
         count: int32, no dimension: only so many keys are seen, the rest is padding; None for all.
         """
         if context is None:
@@ -91,7 +89,7 @@ class Attention(nn.Module):
             k, v = self.key_value(context).unflatten(-1, (2, self.heads, self.head_dim)).unbind(2)
         q, k = _placed(rms_norm(q), tables), _placed(rms_norm(k), context_tables)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, S, D]
-        out = split_attention(q, k, v, chunks, count)
+        out = flash_attention(q, k, v, key_ranges=_up_to(count, q.shape[2]))
         return self.out(out.transpose(1, 2).flatten(2))
 
 
@@ -103,38 +101,11 @@ def _placed(x: Tensor, tables: Tables | None) -> Tensor:
     return rotate(x, cos, sin)
 
 
-def split_attention(q: Tensor, k: Tensor, v: Tensor, chunks: int, count: Tensor | None = None) -> Tensor:
-    """``flash_attention`` of few queries over many keys, with the keys cut into parts that run in parallel.
-
-    Six queries over 8192 keys are one tile per head: 8 of an H100's 132 processors would work. Parts become the batch,
-    and are put together by their lse.
-
-    Args:
-        q: ``[1, H, Sq, D]``; k, v: ``[1, H, Sk, D]``; a batch above 1 is not split. chunks: how many equal parts; keys
-            that are left over are one more. count: int32 of no dimension, keys from there on are not seen.
-    """
-    batch, size = q.shape[0], k.shape[2] // chunks
-    if batch != 1 or size == 0 or chunks == 1:
-        return flash_attention(q, k, v, key_ranges=_up_to(count, q.shape[2]))
-    even = size * chunks
-    parts = [x[0, :, :even].unflatten(1, (chunks, size)).transpose(0, 1) for x in (k, v)]  # [chunks, H, size, D]
-    ranges = None
-    if count is not None:
-        ranges = _up_to(count - torch.arange(0, even, size, dtype=torch.int32, device=q.device), q.shape[2])
-    out, lse = flash_attention(q.expand(chunks, -1, -1, -1), *parts, key_ranges=ranges, return_lse=True)
-    outs, lses = list(out.split(1)), list(lse.split(1))
-    if even < k.shape[2]:
-        ranges = None if count is None else _up_to(count - even, q.shape[2])
-        out, lse = flash_attention(q, k[:, :, even:], v[:, :, even:], key_ranges=ranges, return_lse=True)
-        outs, lses = [*outs, out], [*lses, lse]
-    return merge_attention(outs, lses)[0]
-
-
 def _up_to(count: Tensor | None, rows: int) -> Tensor | None:
-    """key_ranges ``[B or 1, 1, rows, 2]``: keys before ``count``, int32 ``[B]`` or of no dimension."""
+    """key_ranges ``[1, 1, rows, 2]``: keys before ``count``."""
     if count is None:
         return None
-    high = count.reshape(-1, 1, 1).clamp(min=0).expand(-1, 1, rows)
+    high = count.reshape(1, 1, 1).expand(1, 1, rows)
     return torch.stack((torch.zeros_like(high), high), -1)
 
 
@@ -166,12 +137,11 @@ class Block(nn.Module):
         context: Tensor | None = None,
         tables: Tables | None = None,
         context_tables: Tables | None = None,
-        chunks: int = 1,
         count: Tensor | None = None,
     ) -> Tensor:
         """As ``Attention``: ``[B, S, W]`` -> ``[B, S, W]``."""
         seen = None if context is None else rms_norm(context)
-        x = x + self.attention(rms_norm(x), seen, tables, context_tables, chunks, count)
+        x = x + self.attention(rms_norm(x), seen, tables, context_tables, count)
         return x + self.mlp(rms_norm(x))
 
 

@@ -17,8 +17,6 @@ from .config import MegaContextConfig
 from .layers import Attention, Block, Tables, check_settings, head_dim_of, init_linears, read_settings, rms_norm
 from .rope import rope_tables, span_sigma
 
-STAGE_1_CHUNKS = 16  # x 8 heads: as many tiles as an H100 has processors
-
 
 @dataclass
 class LensInput:
@@ -266,9 +264,8 @@ class DualLens(TrainedLens):
         tail, x = self.encode("tail", context), self.encode("entries", context)
         features = self.features(self.describe(context).to(x.dtype))[None]
         x = x + features
-        chunks = STAGE_1_CHUNKS if x.shape[1] >= 64 * STAGE_1_CHUNKS else 1
         for gather, spread in zip(self.gather, self.spread, strict=True):
-            tail = gather(tail, x, chunks=chunks, count=context.count)
+            tail = gather(tail, x, count=context.count)
             x = x + spread(rms_norm(x), rms_norm(tail))
         return self.finished(x, features, context)
 

@@ -167,7 +167,7 @@ class KVGist(nn.Module):
         return keys.float()
 
     def _residual(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Low-rank residual of pooled key and value, ``[n, L, Hkv, D]`` each; products with ``down`` run in ``dtype``."""
+        """Low-rank residual of pooled key and value, ``[n, L, Hkv, D]`` each; products with down run in ``dtype``."""
         scales = _rms(keys), _rms(values)
         hidden = self.place.float().permute(2, 0, 1, 3)  # [K, L, Hkv, rank]
         for x, down, scale in zip((keys, values), self.down.to(dtype).chunk(2, 2), scales, strict=True):

@@ -102,6 +102,21 @@ def new_lse(q: Tensor) -> Tensor:
     return q.new_empty_strided(*lse_layout(q.shape), dtype=accumulate_dtype(q.dtype))
 
 
+# what the code that Inductor generates allocates with
+_EMPTY_CUDA = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None)
+
+
+def new_strided(like: Tensor, layout: Layout, dtype: torch.dtype | None = None) -> Tensor:
+    """Empty tensor of a layout, on ``like``'s device, which must be the current one; for code that launches kernels.
+
+    On a GPU it takes 2.5 us where ``new_empty_strided`` takes 4.4, since it is no operator: fakes, modes and autograd
+    do not see it.
+    """
+    if _EMPTY_CUDA is not None and like.is_cuda:
+        return _EMPTY_CUDA(*layout, like.dtype if dtype is None else dtype)
+    return like.new_empty_strided(*layout, dtype=dtype)
+
+
 def dropout_threshold(p: float) -> int:
     """Dropout drops a weight where its random byte is below this: p quantised to 1/256."""
     return round(256 * p)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..portable.launch import _KeyPlans, _on_device
 from ..portable.plan import Launch as PortableLaunch
 from ..portable.plan import Plan, features, plan_of, strides
-from ..spec import Gradients, Needs, Spec, Varlen, bshd_layout, new_bshd
+from ..spec import Gradients, Needs, Spec, Varlen, bshd_layout, new_bshd, new_strided
 from ..tuning import Config
 from .backward import Schedule, attn_bwd_hopper_kernel
 from .backward_rows import attn_bwd_hopper_keys_seen, attn_bwd_hopper_round, attn_bwd_hopper_rows
@@ -154,8 +154,8 @@ class _Steps:
         """All gradients of one call."""
         plan, ranges, weight, sinks = self.plan, spec.key_ranges, spec.key_log_weight, spec.sinks
         rows = lse.new_empty((*self.units_shape, self.row_values))
-        total = lse.new_empty_strided(*self.total_layout)
-        dq, dk, dv = new_bshd(q), new_bshd(k), new_bshd(v)
+        total = new_strided(lse, self.total_layout)
+        dq, dk, dv = new_strided(q, plan.q_layout), new_strided(k, plan.k_layout), new_strided(v, plan.v_layout)
         dsinks = None if sinks is None else lse.new_empty(self.units_shape)
         clean_q, clean_dout, dirty = q, dout, None
         if self.sanitize:  # dq is written last: until then its memory serves

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..portable import launch as portable
 from ..portable.launch import _on_device
 from ..portable.plan import Plan, plan_of
-from ..spec import Gradients, Needs, Spec, Varlen
+from ..spec import Gradients, Needs, Spec, Varlen, new_strided
 from ..tuning import architecture
 from .forward import attn_fwd_hopper_kernel
 from .plan import HopperConfig, Launch, tiles, tma_problem, variant
@@ -72,7 +72,7 @@ def run_forward(
     plan: Plan, q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None, config: HopperConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """The forward of a call that is known to be supported."""
-    out, lse = q.new_empty_strided(*plan.out_layout), q.new_empty_strided(*plan.lse_layout, dtype=torch.float32)
+    out, lse = new_strided(q, plan.out_layout), new_strided(q, plan.lse_layout, torch.float32)
     launch = plan.launches.get(("hopper-fwd", config))
     if launch is None:
         launch = plan.launches["hopper-fwd", config] = _forward_launch(plan, q, k, v, out, config)

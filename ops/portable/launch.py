@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..spec import Gradients, Needs, Spec, Varlen, new_bshd
+from ..spec import Gradients, Needs, Spec, Varlen, new_strided
 from ..tuning import Config
 from . import shapes
 from .backward import (
@@ -111,7 +111,7 @@ def forward(
         numbers = (*plan.qs, *plan.ks, *plan.vs, *plan.ranges_strides, *plan.numbers(), plan.max_q, tiles, *plan.tail)
         found = plan.launches["fwd", config] = Launch(attn_fwd_kernel, grid, numbers, (f,), config_used), f
     launch, f = found
-    out, lse = q.new_empty_strided(*plan.out_layout), q.new_empty_strided(*plan.lse_layout, dtype=torch.float32)
+    out, lse = new_strided(q, plan.out_layout), new_strided(q, plan.lse_layout, torch.float32)
     if varlen is not None:  # rows outside every sequence
         out.zero_()
         lse.fill_(float("-inf"))
@@ -188,7 +188,7 @@ class _Backward:
     def prepare(self, dlse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor | None:
         """lse in base 2 and delta; returns dsinks in float32, None without sinks."""
         plan = self.plan
-        self.lse2, self.delta = torch.empty_like(lse), torch.empty_like(lse)
+        self.lse2, self.delta = new_strided(lse, plan.lse_layout), new_strided(lse, plan.lse_layout)
         key, launch = self._launch("prepare", out.stride(), None if dlse is None else (dlse.stride(), dlse.dtype))
         if launch is None:
             f, _ = plan.variant("dq")
@@ -227,12 +227,12 @@ class _Backward:
             numbers = (*self._strides(), *planner.strides, *plan.numbers(), plan.max_q, plan.max_k, tiles, *plan.tail)
             found = plan.launches[key] = Launch(attn_bwd_dkdv_kernel, grid, numbers, (f,), config), f, planner
         launch, f, planner = found
-        dk, dv = new_bshd(self.k), new_bshd(self.v)
+        dk, dv = new_strided(self.k, plan.k_layout), new_strided(self.v, plan.v_layout)
         dw = acc = dq = None
         if weight_needed:
             dw = self.lse2.new_empty((plan.hkv, plan.sk) if plan.packed else (plan.batch, plan.hkv, plan.sk))
         if fused:
-            dq = new_bshd(self.q)
+            dq = new_strided(self.q, plan.q_layout)
             acc = torch.zeros(dq.numel(), dtype=torch.float32, device=dq.device)
         if plan.packed:
             for t in (dk, dv, dw):
@@ -256,7 +256,7 @@ class _Backward:
             numbers = (*self._strides(), *plan.numbers(), plan.max_q, tiles, *plan.tail)
             found = plan.launches[key] = Launch(attn_bwd_dq_kernel, grid, numbers, (f,), config), f
         launch, f = found
-        dq = new_bshd(self.q)
+        dq = new_strided(self.q, plan.q_layout)
         if plan.packed:
             dq.zero_()
         launch(self._tensors(dq), _descriptors(f.TMA, self.k, self.v, f.BLOCK_N))

@@ -138,6 +138,7 @@ class Plan:
         rows = (q, k, v, spec.key_ranges, spec.key_log_weight, spec.alibi_slopes)
         self.needs_copies = any(t is not None and t.stride(-1) != 1 and t.shape[-1] != 1 for t in rows)
         self.out_layout, self.lse_layout = bshd_layout(q.shape, self.dv), lse_layout(q.shape)
+        self.q_layout, self.k_layout, self.v_layout = (bshd_layout(x.shape, x.shape[-1]) for x in (q, k, v))
         self.launches: dict[Any, Any] = {}
 
     def grid(self, rows: int, length: int, heads: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import Gradients, Needs, Spec, new_bshd
+from ..spec import Gradients, Needs, Spec, new_strided
 from ..tuning import Config, find
 from .common import narrow_parts, split_head_dim
 from .few_keys import few_keys_bwd_kernel, few_keys_fwd_kernel
@@ -111,7 +111,7 @@ def forward(
     if found is None:
         found = plan.launches[key] = _plan_forward(family, _Call(plan, f"{family}_fwd", config))
     launch, merge, part = found
-    out, lse = q.new_empty_strided(*plan.out_layout), q.new_empty_strided(*plan.lse_layout, dtype=torch.float32)
+    out, lse = new_strided(q, plan.out_layout), new_strided(q, plan.lse_layout, torch.float32)
     if merge is None:
         launch([*_inputs(q, k, v, spec), out, lse])
         return out, lse
@@ -156,7 +156,7 @@ def backward(
         steps = (*strides(out), *strides(dout), *((0, 0, 0) if dlse is None else dlse.stride()))
         found = plan.launches[key] = _plan_backward(family, call, steps, dlse is not None)
     launch, splits = found
-    dq, dk, dv = new_bshd(q), new_bshd(k), new_bshd(v)
+    dq, dk, dv = new_strided(q, plan.q_layout), new_strided(k, plan.k_layout), new_strided(v, plan.v_layout)
     dw = lse.new_empty((plan.batch, plan.hkv, plan.sk)) if weight_grad else None
     dsinks = None if sinks is None else torch.empty_like(lse)
     results: list[Tensor | None] = [dq, dk, dv, dw]

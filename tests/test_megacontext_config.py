@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hf_flash_mc.megacontext import AllocatorState, BudgetError, FocusAllocator, MegaContextConfig, WorkingContext
@@ -88,6 +89,11 @@ def test_from_dict_refuses_unknown_names():
 def test_span_of_a_level_that_is_not():
     with pytest.raises(ValueError, match="lod: expected 0 to 2"):
         MegaContextConfig().span(3)
+
+
+def test_span_of_a_level_out_of_a_lod_array():
+    """lod arrays are int8, in which 32 ** 2 would be 0."""
+    assert MegaContextConfig().span(np.array([2], np.int8)[0]) == 1024
 
 
 def test_payload_shape():

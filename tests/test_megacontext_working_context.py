@@ -117,7 +117,7 @@ class Editing(RuleBasedStateMachine):
     def make(self, edits: Edits) -> None:
         """Apply a batch; the same one by one on a twin, with every invariant and the budget checked after each."""
         twin, before = self.wc.copy(), slots(self.wc)
-        for kind, start, lod in zip(edits.kind, edits.start, edits.lod, strict=True):
+        for kind, start, lod in zip(edits.kind.tolist(), edits.start.tolist(), edits.lod.tolist(), strict=True):
             assert self.model.legal(kind, start, lod)
             self.model.apply(kind, start, lod)
             twin.apply(Edits.of([(kind, start, lod)]))

@@ -131,7 +131,7 @@ class MegaContextConfig:
         """Tokens that a node of level ``lod`` stands for."""
         if not 0 <= lod <= self.max_lod:
             raise ValueError(f"lod: expected 0 to {self.max_lod} (max_lod), got {lod}")
-        return self.block_size**lod
+        return self.block_size ** int(lod)  # an int8 of a lod array would overflow: 4 ** np.int8(4) is 0
 
     @property
     def fixed_cost(self) -> int:

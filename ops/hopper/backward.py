@@ -38,7 +38,8 @@ class Schedule(NamedTuple):
     SUBS: int = 1  # sub-tiles of 64 query rows in one step
     STAGES: int = 2  # of q and dout
     DS_STAGES: int = 2  # of the logits' gradients
-    EARLY: bool = True  # the next step's scores are issued before dQ is written
+    EARLY: int = 1  # what of the next step is issued before dQ is written: 1 scores, 2 scores ahead of dQ, 3 and its dP
+    MEET: bool = False  # warpgroups meet at an mbarrier, between whose halves other products run
     SETTLE: bool = False  # a block boundary keeps exp2 behind the issue of dP
     K_REGS: bool = False  # keys as a register operand: less traffic in shared memory
     V_REGS: bool = False
@@ -50,7 +51,7 @@ class Schedule(NamedTuple):
 def _producer(descs, rows_ptr, dirty_ptr, smem, bars, where, F: gl.constexpr, T: gl.constexpr):
     q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc = descs
     q_s, k_s, v_s, do_s, rows_s = smem
-    kv_full, q_full, do_full, empty = bars
+    kv_full, q_full, do_full, empty, ds_full = bars
     batch, head_k, n0, group, first, tiles, count, shift, units, unit0 = where
     STAGES: gl.constexpr = T.STAGES
     SUBS: gl.constexpr = T.SUBS
@@ -108,7 +109,7 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
     dq_desc, dk_desc, dv_desc = descs
     seen_ptr, weight_ptr, slopes_ptr, seed_ptr, dw_ptr = pointers
     q_s, k_s, v_s, do_s, ds_s, dq_s, rows_s = smem
-    kv_full, q_full, do_full, empty = bars
+    kv_full, q_full, do_full, empty, ds_full = bars
     batch, head_k, n0, group, first, tiles, count, shift, full_lo, full_hi = where
     scale, softcap, keep_scale, sq, sk, window_left, window_right, threshold, off_b, off_h, off_m, off_n = numbers
     STAGES: gl.constexpr = T.STAGES
@@ -164,7 +165,17 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
         else:
             k_op = k_own
         s_next = warpgroup_mma(k_op, q_s.index(0).permute((1, 0)), zero_s, use_acc=False, is_async=True)
-        s_next = warpgroup_mma_wait(0, deps=(s_next,))
+        if T.EARLY == 3:
+            if T.V_REGS:
+                v_op = v_regs
+            else:
+                v_op = v_own
+            if count > 0:
+                mbarrier.wait(do_full.index(0), 0)
+            dp_next = warpgroup_mma(v_op, do_s.index(0).permute((1, 0)), zero_s, use_acc=False, is_async=True)
+            s_next, dp_next = warpgroup_mma_wait(0, deps=(s_next, dp_next))
+        else:
+            s_next = warpgroup_mma_wait(0, deps=(s_next,))
     for t in range(count):
         stage = t % STAGES
         phase = (t // STAGES) & 1
@@ -194,11 +205,14 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
             q_j = q_s.index(stage * SUBS + j)
             do_j = do_s.index(stage * SUBS + j)
             row = m0 + j * SUB + gl.arange(0, SUB, layout=gl.SliceLayout(0, st))
-            if j == 0:
-                mbarrier.wait(do_full.index(stage), phase)
-            dp = warpgroup_mma(v_op, do_j.permute((1, 0)), zero_s, use_acc=False, is_async=True)
-            if T.SETTLE:
-                mbarrier.wait(do_full.index(stage), phase)
+            if T.EARLY == 3 and j == 0:
+                dp = dp_next
+            else:
+                if j == 0:
+                    mbarrier.wait(do_full.index(stage), phase)
+                dp = warpgroup_mma(v_op, do_j.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                if T.SETTLE:
+                    mbarrier.wait(do_full.index(stage), phase)
             rows = rows_s.index(stage * SUBS + j)
             lse2 = rows.slice(0, SUB, 0).load(gl.SliceLayout(0, st))
             if T.EARLY and j == 0:
@@ -229,9 +243,8 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
                 s_next = warpgroup_mma(
                     k_op, q_s.index(stage * SUBS + j + 1).permute((1, 0)), zero_s, use_acc=False, is_async=True
                 )
-                dp = warpgroup_mma_wait(2, deps=(dp,))
-            else:
-                dp = warpgroup_mma_wait(1, deps=(dp,))
+            if not (T.EARLY == 3 and j == 0):
+                dp = warpgroup_mma_wait(2 if j + 1 < SUBS else 1, deps=(dp,))
             delta = rows.slice(SUB, SUB, 0).load(gl.SliceLayout(0, st))
             ds = backward_logits(p, dp, delta[None, :], True, keep, keep_scale, F, False)
             if F.WEIGHT_GRAD:
@@ -245,7 +258,20 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
                 dv = dv_t
                 dk = dk_t
         fence_async_shared()
-        bar_sync(9, 256)  # both halves are in shared memory
+        after = t + 1
+        if T.MEET:
+            mbarrier.arrive(ds_full.index(CID * DS_STAGES + t % DS_STAGES), count=1)
+        if T.EARLY >= 2:
+            dv = warpgroup_mma_wait(1, deps=(dv_t,))  # frees its operand's registers
+            if after < count:
+                mbarrier.wait(q_full.index(after % STAGES), (after // STAGES) & 1)
+            s_next = warpgroup_mma(
+                k_op, q_s.index(after % STAGES * SUBS).permute((1, 0)), zero_s, use_acc=False, is_async=True
+            )
+        if T.MEET:
+            mbarrier.wait(ds_full.index((1 - CID) * DS_STAGES + t % DS_STAGES), (t // DS_STAGES) & 1)
+        else:
+            bar_sync(9, 256)  # both halves are in shared memory
         if SUBS == 2:
             dq_t = warpgroup_mma(
                 ds_s.index(ds_slot + CID).permute((1, 0)), k_s.index(z), zero_q, use_acc=False, is_async=True
@@ -255,13 +281,22 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
                 ds_s.index(ds_slot).permute((1, 0)), k_s.index(z).slice(CID * DQ_COLS, DQ_COLS, 1), zero_q,
                 use_acc=False, is_async=True,
             )  # fmt: skip
-        if T.EARLY:
+        if T.EARLY == 1:
             dk, dv = warpgroup_mma_wait(1, deps=(dk_t, dv_t))  # frees their operands' registers
-            after = t + 1
             if after < count:
                 mbarrier.wait(q_full.index(after % STAGES), (after // STAGES) & 1)
             s_next = warpgroup_mma(
                 k_op, q_s.index(after % STAGES * SUBS).permute((1, 0)), zero_s, use_acc=False, is_async=True
+            )
+            dq = warpgroup_mma_wait(1, deps=(dq_t,))
+        elif T.EARLY == 2:
+            dk, s_next, dq = warpgroup_mma_wait(0, deps=(dk_t, s_next, dq_t))
+        elif T.EARLY == 3:
+            dk, s_next = warpgroup_mma_wait(1, deps=(dk_t, s_next))
+            if after < count:
+                mbarrier.wait(do_full.index(after % STAGES), (after // STAGES) & 1)
+            dp_next = warpgroup_mma(
+                v_op, do_s.index(after % STAGES * SUBS).permute((1, 0)), zero_s, use_acc=False, is_async=True
             )
             dq = warpgroup_mma_wait(1, deps=(dq_t,))
         else:
@@ -274,8 +309,11 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
             tma_reduce_add(dq_desc, [batch, head, m0 + CID * SUB, 0], dq_out.reshape((1, 1, SUB, DQ_COLS)))
         else:
             tma_reduce_add(dq_desc, [batch, head, m0, CID * DQ_COLS], dq_out.reshape((1, 1, SUB, DQ_COLS)))
-        if T.EARLY:  # ptxas serialises every product of a loop that carries one in flight over its end
+        # ptxas serialises every product of a loop that carries one in flight over its end
+        if T.EARLY == 1:
             s_next = warpgroup_mma_wait(0, deps=(s_next,))
+        elif T.EARLY == 3:
+            dp_next = warpgroup_mma_wait(0, deps=(dp_next,))
     tma_store_wait(0)
     if F.WEIGHT_GRAD:
         gl.store(dw_ptr + col, dw, mask=col < sk)
@@ -361,7 +399,10 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ds_full = gl.allocate_shared_memory(gl.int64, [2 * DS_STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
+    for i in gl.static_range(2 * DS_STAGES):
+        mbarrier.init(ds_full.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=2)
         mbarrier.init(do_full.index(i), count=1)
@@ -381,7 +422,7 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
     if F.SANITIZE:
         loads = (q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc)
     smem = (q_s, k_s, v_s, do_s, ds_s, dq_s, rows_s)
-    bars = (kv_full, q_full, do_full, empty)
+    bars = (kv_full, q_full, do_full, empty, ds_full)
     where = (batch, head_k, n0, GROUP, first, met, count, shift, full_start, full_hi)
     numbers = (scale, softcap, keep_scale, SQ, SK, window_left, window_right, threshold, off_b, off_h, off_m, off_n)
     gl.warp_specialize([

@@ -62,7 +62,8 @@ def _config(plan: Plan, kind: str) -> Config | None:
     warps = max(config.num_warps * block_m // most, 1)
     if kind.endswith("bwd"):
         warps = max(warps, min(config.num_warps, config.block_n * (plan.d + plan.dv) // 4096))
-    return config._replace(block_m=block_m, num_warps=warps)
+    registers = None if costly or rows > block_m else config.max_registers
+    return config._replace(block_m=block_m, num_warps=warps, max_registers=registers)
 
 
 class _Call:

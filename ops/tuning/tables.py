@@ -25,20 +25,20 @@ _SMALL: dict[str, list[tuple[int, ...]]] = {kind: [(256, 32, 32, 4, 1)] for kind
 
 # Shapes with kernels of their own (ops/portable/shapes.py): "/n" holds up to n keys ("few_keys") or n rows of a KV head
 # ("few_queries"), at least half as many beyond 16. BLOCK_M of few_keys is the most rows a tile has; with fewer rows the
-# warps shrink alike. BLOCK_M of few_queries may be more than the rows: 64 of them run on Hopper's matrix unit.
+# warps shrink alike, and a cap on registers is for one tile of rows. BLOCK_M of few_queries may be more than the rows.
 _FEW_HALF: dict[str, list[tuple[int, ...]]] = {
     "few_keys_fwd/16": [(128, 128, 16, 4, 1), (256, 64, 16, 4, 1)],
     "few_keys_fwd/32": [(128, 128, 32, 4, 1), (256, 64, 32, 4, 1)],
-    "few_keys_fwd/64": [(64, 128, 64, 4, 1), (128, 128, 64, 8, 1)],
+    "few_keys_fwd/64": [(64, 64, 64, 4, 1), (128, 64, 64, 4, 1)],
     "few_keys_fwd/128": [(64, 128, 128, 8, 1), (128, 64, 128, 8, 1)],
-    "few_keys_bwd/16": [(64, 64, 16, 4, 2), (128, 64, 16, 8, 1), (256, 32, 16, 8, 1)],
+    "few_keys_bwd/16": [(64, 64, 16, 4, 1), (128, 64, 16, 8, 1), (256, 32, 16, 8, 1)],
     "few_keys_bwd/32": [(64, 64, 32, 8, 1), (128, 64, 32, 8, 1)],
-    "few_keys_bwd/64": [(64, 64, 64, 4, 1), (128, 32, 64, 8, 1)],
+    "few_keys_bwd/64": [(64, 64, 64, 4, 1, 168), (128, 32, 64, 8, 1)],
     "few_keys_bwd/128": [(64, 32, 128, 8, 1)],
     "few_queries_fwd/16": [(64, 16, 64, 4, 3), (128, 16, 64, 4, 3), (256, 16, 32, 4, 2)],
     "few_queries_fwd/32": [(64, 32, 64, 4, 3), (128, 32, 64, 4, 2), (256, 32, 32, 4, 2)],
     "few_queries_fwd/64": [(64, 64, 64, 4, 3), (128, 64, 64, 4, 2), (256, 64, 32, 8, 2)],
-    "few_queries_bwd/16": [(64, 16, 64, 4, 2), (128, 16, 64, 4, 2), (256, 16, 32, 4, 1)],
+    "few_queries_bwd/16": [(64, 16, 32, 2, 3), (128, 16, 64, 4, 2), (256, 16, 32, 4, 1)],
     "few_queries_bwd/32": [(64, 32, 64, 4, 2), (128, 32, 64, 8, 2)],
     "few_queries_bwd/64": [(64, 64, 64, 4, 2), (128, 64, 32, 8, 2)],
 }

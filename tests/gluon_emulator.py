@@ -202,7 +202,7 @@ class Cta:
         with self.changed:
             state = self.named.setdefault(name, [0, 0])
             generation = state[1]
-            state[0] += 128
+            state[0] += getattr(self.local, "threads", 128)
             if state[0] > threads:
                 raise EmulatorError(f"more threads than {threads} at named barrier {name}")
             if state[0] == threads:
@@ -364,11 +364,12 @@ class Emulator:
             made.update({n: x for n, x in self.substitutes.items() if n in original or n == "range"})
         return self._globals[id(original)]
 
-    def partitions(self, parts: list[tuple[Any, tuple]], *_: Any) -> None:
+    def partitions(self, parts: list[tuple[Any, tuple]], num_warps: list[int], *_: Any) -> None:
         """gl.warp_specialize: each function in a thread of its own."""
         cta = self.cta
 
-        def run(function: Any, args: tuple) -> None:
+        def run(function: Any, args: tuple, warps: int) -> None:
+            cta.local.threads = 32 * warps
             try:
                 function(*args)
                 if getattr(cta.local, "stores", None):
@@ -380,7 +381,10 @@ class Emulator:
                         cta.failure = error
                     cta.changed.notify_all()
 
-        threads = [threading.Thread(target=run, args=part, daemon=True) for part in parts]
+        threads = [
+            threading.Thread(target=run, args=(*part, warps), daemon=True)
+            for part, warps in zip(parts, [4, *num_warps], strict=True)
+        ]
         self.random.shuffle(threads)
         for thread in threads:
             thread.start()
@@ -394,11 +398,12 @@ class Emulator:
         if self.lazy and self.random.random() < 0.3:
             time.sleep(self.random.random() * 2e-3)
 
-    def assembly(self, code: str, *_: Any, **__: Any) -> None:
-        found = re.search(r"bar\.(\w+) (\d+), (\d+)", code)
+    def assembly(self, code: str, constraints: str, args: list[Any], **_: Any) -> None:
+        found = re.search(r"bar\.(\w+) (\S+), (\d+)", code)
         if found is None:
             raise EmulatorError(f"inline assembly that is not emulated: {code}")
-        self.cta.named_barrier(found.group(1), int(found.group(2)), int(found.group(3)))
+        name = int(args[0]) if found.group(2) == "$1" else int(found.group(2))
+        self.cta.named_barrier(found.group(1), name, int(found.group(3)))
 
 
 class EmulatedKernel:

@@ -34,31 +34,21 @@ def tile_hull(ranges_ptr, stride_rm, row0, sq, sk, window_left, window_right, RO
     The fifth value says that key_ranges may leave a hole between first and last. For one warp.
     """
     if F.HAS_RANGES:
-        LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-        lane = gl.arange(0, 32, layout=LANES)
-        first = lane * 0 + INT_MAX
-        last = lane * 0
-        full_lo = lane * 0
-        full_hi = lane * 0 + INT_MAX
-        breaks = lane * 0
-        for at in range(row0, gl.minimum(row0 + ROWS, sq), 32):
-            row = at + lane
-            valid = row < sq
-            lo, hi = row_ranges(ranges_ptr, stride_rm, row, sq, sk, window_left, window_right, F)
-            before = gl.maximum(row - 1, 0)
-            lo_before, hi_before = row_ranges(ranges_ptr, stride_rm, before, sq, sk, window_left, window_right, F)
-            some = lo < hi
-            first = gl.where(some, gl.minimum(first, lo), first)
-            last = gl.where(some, gl.maximum(last, hi), last)
-            full_lo = gl.where(valid, gl.maximum(full_lo, lo), full_lo)
-            full_hi = gl.where(valid, gl.minimum(full_hi, hi), full_hi)
-            touches = (lo_before < hi_before) & (lo <= hi_before) & (lo_before <= hi)
-            breaks += (some & ((row == row0) | (touches == 0))).to(gl.int32)
-        first = gl.min(first, 0)
-        last = gl.max(last, 0)
-        full_lo = gl.max(full_lo, 0)
-        full_hi = gl.min(full_hi, 0)
-        gaps = (gl.sum(breaks, 0) > 1).to(gl.int32)
+        WIDTH: gl.constexpr = 128 if ROWS <= 128 else 256
+        lane = gl.arange(0, WIDTH, layout=gl.BlockedLayout([WIDTH // 32], [32], [1], [0]))
+        row = row0 + lane
+        valid = (row < sq) & (lane < ROWS)
+        lo, hi = row_ranges(ranges_ptr, stride_rm, row, sq, sk, window_left, window_right, F)
+        before = gl.maximum(row - 1, 0)
+        lo_before, hi_before = row_ranges(ranges_ptr, stride_rm, before, sq, sk, window_left, window_right, F)
+        some = valid & (lo < hi)
+        first = gl.min(gl.where(some, lo, INT_MAX), 0)
+        last = gl.max(gl.where(some, hi, 0), 0)
+        full_lo = gl.max(gl.where(valid, lo, 0), 0)
+        full_hi = gl.min(gl.where(valid, hi, INT_MAX), 0)
+        touches = (lo_before < hi_before) & (lo <= hi_before) & (lo_before <= hi)
+        breaks = some & ((lane == 0) | (touches == 0))
+        gaps = (gl.sum(breaks.to(gl.int32), 0) > 1).to(gl.int32)
     else:  # both ends rise with the row
         row1 = gl.minimum(row0 + ROWS, sq) - 1
         first, full_hi = row_ranges(ranges_ptr, stride_rm, row0, sq, sk, window_left, window_right, F)

@@ -21,6 +21,8 @@ from ..portable.common import (
 )
 from .common import hide, pack_record, softmax_tile, tile_hull, tile_start, unpack_record, weigh
 from .shim import (
+    bar_arrive,
+    bar_sync,
     fence_async_shared,
     gl,
     gluon,
@@ -33,6 +35,8 @@ from .shim import (
 )
 
 CLEANED_ROWS = gl.constexpr(32)
+# named barriers: stage s of K or V is free (4 stages each), and warpgroup g's turn at the matrix unit
+K_FREE, V_FREE, TURN = gl.constexpr(4), gl.constexpr(8), gl.constexpr(12)
 
 
 @gluon.jit
@@ -66,7 +70,7 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, barriers, record_s
     BLOCK_N: gl.constexpr = F.BLOCK_N
     q_desc, k_desc, v_desc = descs
     q_s, k_s, v_s = memory
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty = barriers
+    q_full, q_empty, k_full, v_full, item_full, item_empty = barriers
     ranges_ptr, cu_q_ptr, cu_k_ptr, counter_ptr = pointers
     stride_rb, stride_rh, stride_rm = strides
     HQ, GROUP, SQ, SK, max_q, tiles = sizes
@@ -101,17 +105,21 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, barriers, record_s
             head_k = head // GROUP
             for i in range(masked + full_tiles):
                 stage = count % STAGES
-                free = ((count // STAGES) & 1) ^ 1
                 n0 = k_start + tile_start(i, plan, BLOCK_N)
-                mbarrier.wait(k_empty.index(stage), free)
+                if count >= STAGES:
+                    bar_sync(K_FREE + stage, GROUPS * 128 + 32)
                 mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
                 tma_load(k_desc, [tma_batch, head_k, n0, 0], k_full.index(stage), k_s.index(stage))
-                mbarrier.wait(v_empty.index(stage), free)
+                if count >= STAGES:
+                    bar_sync(V_FREE + stage, GROUPS * 128 + 32)
                 mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
                 tma_load(v_desc, [tma_batch, head_k, n0, 0], v_full.index(stage), v_s.index(stage))
                 count += 1
             items += 1
         t = coming
+    for stage in range(gl.minimum(count, STAGES)):  # leave no barrier half full
+        bar_sync(K_FREE + stage, GROUPS * 128 + 32)
+        bar_sync(V_FREE + stage, GROUPS * 128 + 32)
     mbarrier.wait(item_empty, (items & 1) ^ 1)
     record_s.store(pack_record((total,)))
     mbarrier.arrive(item_full, count=1)
@@ -233,7 +241,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
     COL: gl.constexpr = gl.SliceLayout(0, LS)
     ROW_O: gl.constexpr = gl.SliceLayout(1, LO)
     q_s, k_s, v_s, o_s = memory
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty, turn, cleaned = barriers
+    q_full, q_empty, k_full, v_full, item_full, item_empty, cleaned = barriers
     ranges_ptr, weight_ptr, slopes_ptr, sinks_ptr, seed_ptr, o_ptr, lse_ptr = pointers
     stride_rb, stride_rh, stride_rm, stride_wb, stride_wh, stride_ab = strides
     HQ, KV_GROUP, SQ, SK, tiles = sizes
@@ -251,8 +259,9 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
     mbarrier.arrive(item_empty, count=1)
     items = t * 0
     count = t * 0  # tiles done, over all items
-    turns = t * 0
     phases = t * 0
+    if C.TURNS and GROUP == GROUPS - 1:
+        bar_arrive(TURN, 256)
     while t < total:
         batch, head, row_start = _place(t, HQ, tiles, F.BLOCK_M)
         if not F.VARLEN:
@@ -295,7 +304,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
         n0 = tile_start(0, plan, BLOCK_N)
         weight, removed = _tile_weights(weights, n0, sk, COL, F)
         s = warpgroup_mma_wait(0, deps=(s,))
-        mbarrier.arrive(k_empty.index(stage), count=1)
+        bar_arrive(K_FREE + stage, GROUPS * 128 + 32)
         p, m, l, alpha = _tile_softmax(s, m, l, n0, masked > 0, lo, hi, row, weight, removed, terms, rules, LS, F, C)
         pd = gl.convert_layout(p.to(dtype), LP)
         for i in range(1, masked + full_tiles):
@@ -303,8 +312,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             before_phase = (count // STAGES) & 1
             stage = (count + 1) % STAGES
             if C.TURNS:
-                mbarrier.wait(turn.index(GROUP), turns & 1)
-                turns += 1
+                bar_sync(TURN + GROUP, 256)
             mbarrier.wait(k_full.index(stage), ((count + 1) // STAGES) & 1)
             k = k_s.index(stage).reshape([BLOCK_N, D]).permute((1, 0))
             s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
@@ -313,18 +321,20 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             )
             acc = warpgroup_mma(pd, v_s.index(before).reshape([BLOCK_N, DV]), acc, is_async=True)
             if C.TURNS:
-                mbarrier.arrive(turn.index((GROUP + 1) % GROUPS), count=1)
+                bar_arrive(TURN + (GROUP + 1) % GROUPS, 256)
             n0 = tile_start(i, plan, BLOCK_N)
             weight, removed = _tile_weights(weights, n0, sk, COL, F)
             s = warpgroup_mma_wait(1, deps=(s,))
-            mbarrier.arrive(k_empty.index(stage), count=1)
+            bar_arrive(K_FREE + stage, GROUPS * 128 + 32)
             p, m, l, alpha = _tile_softmax(
                 s, m, l, n0, i < masked, lo, hi, row, weight, removed, terms, rules, LS, F, C
             )
-            if C.SPLIT:  # passed already; ptxas would move the wait below above the exponentials
-                mbarrier.wait(v_full.index(before), before_phase)
+            if C.SPLIT:  # noqa: SIM102 (a branch at run time inside one at compile time)
+                # never so; but where code branches, ptxas cannot move the wait below above the exponentials
+                if SQ < 0:
+                    mbarrier.wait(v_full.index(before), 0)
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(v_empty.index(before), count=1)
+            bar_arrive(V_FREE + before, GROUPS * 128 + 32)
             acc = acc * gl.convert_layout(alpha, ROW_O)[:, None]
             pd = gl.convert_layout(p.to(dtype), LP)
             count += 1
@@ -347,7 +357,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
         factor = gl.convert_layout(keep_scale / l_safe, ROW_O)
         tma_store_wait(0)  # of the item before, from the same memory
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(v_empty.index(stage), count=1)
+        bar_arrive(V_FREE + stage, GROUPS * 128 + 32)
         count += 1
         items += 1
         o_flat.store((acc * factor[:, None]).to(dtype))
@@ -365,6 +375,8 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
         )
         mbarrier.arrive(item_empty, count=1)
     tma_store_wait(0)
+    if C.TURNS and GROUP == 0:
+        bar_sync(TURN, 256)  # the last turn, which nobody takes
 
 
 @gluon.jit
@@ -411,11 +423,8 @@ def attn_fwd_hopper_kernel(q_desc, k_desc, v_desc, o_desc, ranges_ptr, weight_pt
     item_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     item_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     cleaned = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=GROUPS)
     mbarrier.init(item_full, count=1)
@@ -424,19 +433,14 @@ def attn_fwd_hopper_kernel(q_desc, k_desc, v_desc, o_desc, ranges_ptr, weight_pt
         mbarrier.init(cleaned.index(i), count=1)
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=GROUPS)
-        mbarrier.init(v_empty.index(i), count=GROUPS)
-    for i in gl.static_range(GROUPS):
-        mbarrier.init(turn.index(i), count=1)
-    mbarrier.arrive(turn.index(0), count=1)
     fence_async_shared()
 
-    loads = (q_full, q_empty, k_full, k_empty, v_full, v_empty, item_full, item_empty)
+    loads = (q_full, q_empty, k_full, v_full, item_full, item_empty)
     produced = ((q_desc, k_desc, v_desc), (q_s, k_s, v_s), loads, record_s,
                 (ranges_ptr, cu_q_ptr, cu_k_ptr, counter_ptr), (stride_rb, stride_rh, stride_rm),
                 (HQ, GROUP, SQ, SK, max_q, tiles), (window_left, window_right), total)  # fmt: skip
     numbers = (scale, softcap, keep_scale, window_left, window_right, threshold, off_b, off_h, off_m, off_n)
-    consumed = (o_desc, (q_s, k_s, v_s, o_s), loads + (turn, cleaned), record_s,
+    consumed = (o_desc, (q_s, k_s, v_s, o_s), loads + (cleaned,), record_s,
                 (ranges_ptr, weight_ptr, slopes_ptr, sinks_ptr, seed_ptr, o_ptr, lse_ptr),
                 (stride_rb, stride_rh, stride_rm, stride_wb, stride_wh, stride_ab), (HQ, GROUP, SQ, SK, tiles),
                 numbers, total)  # fmt: skip

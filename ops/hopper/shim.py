@@ -39,19 +39,23 @@ tma_reduce_add = getattr(tma, "async_atomic_add", None) or _tma_reduce_add
 
 
 @gluon.constexpr_function
-def _bar_assembly(op, name, threads):
-    return "{ bar." + op + " " + str(name) + ", " + str(threads) + "; mov.u32 $0, $1; }"
+def _bar_assembly(op, threads):
+    return "{ bar." + op + " $1, " + str(threads) + "; mov.u32 $0, $1; }"
 
 
 @gluon.jit
-def bar_sync(NAME: gl.constexpr, THREADS: gl.constexpr):
-    """Wait at a named barrier. Triton's own barriers use the low numbers: take 9 and up."""
-    code: gl.constexpr = _bar_assembly("sync", NAME, THREADS)
-    gl.inline_asm_elementwise(code, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
+def bar_sync(name, THREADS: gl.constexpr):
+    """Wait at named barrier ``name`` until THREADS threads have come.
+
+    Triton's own barriers use the low numbers (up to 3 with three warpgroups), so ours start at 4. Unlike arriving at an
+    mbarrier, which Triton puts a barrier of all the partition's warps before, arriving at one of these costs nothing.
+    """
+    code: gl.constexpr = _bar_assembly("sync", THREADS)
+    gl.inline_asm_elementwise(code, "=r,r", [gl.to_tensor(name)], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def bar_arrive(NAME: gl.constexpr, THREADS: gl.constexpr):
+def bar_arrive(name, THREADS: gl.constexpr):
     """Arrive at a named barrier without waiting."""
-    code: gl.constexpr = _bar_assembly("arrive", NAME, THREADS)
-    gl.inline_asm_elementwise(code, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
+    code: gl.constexpr = _bar_assembly("arrive", THREADS)
+    gl.inline_asm_elementwise(code, "=r,r", [gl.to_tensor(name)], dtype=gl.int32, is_pure=False, pack=1)

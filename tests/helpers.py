@@ -23,7 +23,11 @@ from hf_flash_mc.ops.spec import Needs, Spec, Varlen
 
 # error bound: 2 x the error of the same formula in the same dtype + this x max |reference|
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float64: 1e-10}
-BACKENDS = {"cpu": "hf_flash_mc.ops.cpu", "triton": "hf_flash_mc.ops.portable.launch"}
+BACKENDS = {
+    "cpu": "hf_flash_mc.ops.cpu",
+    "triton": "hf_flash_mc.ops.portable.launch",
+    "hopper": "hf_flash_mc.ops.hopper.launch",
+}
 GRADIENTS = ("dq", "dk", "dv", "dbias", "dkey_log_weight", "dsinks")
 INF = float("inf")
 

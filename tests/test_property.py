@@ -21,7 +21,7 @@ from helpers import Case, run_case
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-CASES = {"reference": 60, "cpu": 150, "triton": 90}
+CASES = {"reference": 60, "cpu": 150, "triton": 90, "hopper": 48}
 SHARDS = int(os.environ.get("HF_FLASH_MC_SHARDS", "6"))  # tests that pytest-xdist can spread
 REPEATS = int(os.environ.get("HF_FLASH_MC_REPEATS", "1"))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -105,12 +105,20 @@ def redraw(case: Case, again: int) -> Case:
     )
 
 
+def for_hopper(case: Case) -> Case:
+    """The nearest call that the Hopper kernels take: no dense tiles, rows that the tensor memory accelerator can read."""
+    d, dv = (None if n is None else -(-n // 8) * 8 for n in (case.D, case.Dv))
+    strides = case.strides if case.strides in ("bhsd", "bshd") else "bshd"
+    return dataclasses.replace(case, D=d, Dv=dv, strides=strides, mask=None, bias=None)
+
+
 def backends() -> list[str]:
-    """What can run here: triton needs a GPU, or its interpreter."""
+    """What can run here: triton needs a GPU, or its interpreter; hopper a GPU of compute capability 9.0."""
     triton = (HAS_GPU or INTERPRETED) and all(
         importlib.util.find_spec(x) for x in ("triton", "hf_flash_mc.ops.portable", "hf_flash_mc.ops.portable.launch")
     )
-    return ["reference", "cpu", *(["triton"] if triton else [])]
+    hopper = triton and HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
+    return ["reference", "cpu", *(["triton"] if triton else []), *(["hopper"] if hopper else [])]
 
 
 @pytest.mark.parametrize("shard", range(SHARDS))
@@ -118,8 +126,8 @@ def backends() -> list[str]:
 def test_agrees_with_float64(impl: str, shard: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs, lse and all gradients, through the back end's functions and through autograd."""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    device = "cuda" if impl == "triton" and HAS_GPU else "cpu"
-    dtypes = dtypes if impl == "triton" else (*dtypes, torch.float64)
+    device = "cuda" if impl in ("triton", "hopper") and HAS_GPU else "cpu"
+    dtypes = {"triton": dtypes, "hopper": dtypes[1:]}.get(impl, (*dtypes, torch.float64))
 
     @seed(shard)
     @settings(
@@ -131,6 +139,8 @@ def test_agrees_with_float64(impl: str, shard: int, monkeypatch: pytest.MonkeyPa
     )
     @given(case=cases(dtypes, 16 if impl == "triton" and INTERPRETED else math.inf), public=st.booleans())
     def check(case: Case, public: bool) -> None:
+        if impl == "hopper":
+            case = for_hopper(case)
         if impl == "triton":
             monkeypatch.setattr("hf_flash_mc.ops.portable.shapes.ENABLED", case.seed % 2 == 0)
         run_case(case, impl, device, public)

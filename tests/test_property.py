@@ -106,7 +106,7 @@ def redraw(case: Case, again: int) -> Case:
 
 
 def for_hopper(case: Case) -> Case:
-    """The nearest call that the Hopper kernels take: no dense tiles, rows that the tensor memory accelerator can read."""
+    """The nearest call that the Hopper kernels take: no dense tiles, and rows of a multiple of 16 bytes."""
     d, dv = (None if n is None else -(-n // 8) * 8 for n in (case.D, case.Dv))
     strides = case.strides if case.strides in ("bhsd", "bshd") else "bshd"
     return dataclasses.replace(case, D=d, Dv=dv, strides=strides, mask=None, bias=None)

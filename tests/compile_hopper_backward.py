@@ -59,7 +59,7 @@ def costs(head_dim: int, feature: str) -> dict[str, Any]:
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(plan, "INTERPRETED", True),  # no second launch, by the compiled kernel itself
-        mock.patch.object(hopper_plan, "_runner", lambda *_: None),
+        mock.patch.object(hopper_plan, "_runner", return_value=None),
     ):
         backward_launch.backward(dout, None, q, k, v, out, torch.zeros(B, H, S), spec, needs, False)
     kernel = found["attn_bwd_hopper_kernel"]

@@ -51,7 +51,7 @@ class Schedule(NamedTuple):
 def _producer(descs, rows_ptr, dirty_ptr, smem, bars, where, F: gl.constexpr, T: gl.constexpr):
     q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc = descs
     q_s, k_s, v_s, do_s, rows_s = smem
-    kv_full, q_full, do_full, empty, ds_full = bars
+    kv_full, q_full, do_full, empty, _ds_full = bars
     batch, head_k, n0, group, first, tiles, count, shift, units, unit0 = where
     STAGES: gl.constexpr = T.STAGES
     SUBS: gl.constexpr = T.SUBS

@@ -108,7 +108,8 @@ class _Steps:
         grid = units * plan.hq * plan.batch
         self.rows = PortableLaunch(attn_bwd_hopper_rows, grid, numbers, (width, dlse is not None, f))
 
-        self.key_plans, self.keys_seen, seen_strides = _KeyPlans(plan, f), None, (0, 0)
+        seen_strides: tuple[int, ...] = (0, 0)
+        self.key_plans, self.keys_seen = _KeyPlans(plan, f), None
         count, grid = plan.grid(KEYS, plan.sk, plan.hkv)
         if plan.ranges_shape is not None:
             planes = plan.ranges_shape[0] * plan.ranges_shape[1]

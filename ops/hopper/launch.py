@@ -17,6 +17,8 @@ from ..portable.launch import _on_device
 from ..portable.plan import Plan, plan_of
 from ..spec import Gradients, Needs, Spec, Varlen, new_strided
 from ..tuning import architecture
+from .backward_launch import backward as fused_backward
+from .backward_launch import unsupported_backward
 from .forward import attn_fwd_hopper_kernel
 from .plan import HopperConfig, Launch, tiles, tma_problem, variant
 
@@ -129,5 +131,11 @@ def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: Spec,
     needs: Needs, deterministic: bool, varlen: Varlen | None = None,
 ) -> Gradients:  # fmt: skip
-    """The gradients that ``needs`` names."""
-    return portable.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen)
+    """The gradients that ``needs`` names: by the fused kernel where it can take the call, else by the portable ones."""
+    plan = plan_of(q, k, v, spec, varlen)
+    key = ("hopper-bwd-unsupported", needs, deterministic)
+    reasons = plan.launches.get(key)
+    if reasons is None:
+        reasons = plan.launches[key] = unsupported_backward(q, k, v, spec, needs, deterministic, varlen)
+    step = portable.backward if reasons else fused_backward
+    return step(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen)

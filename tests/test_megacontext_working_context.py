@@ -229,7 +229,7 @@ def test_random_edits_never_break_an_invariant():
     """HF_FLASH_MC_TEST_EDITS edits (each with all invariants checked after it), 0 violations, never over budget."""
     small = EDITS <= 10_000
     limits = settings(
-        max_examples=25 if small else 200, stateful_step_count=20, deadline=None, database=None, derandomize=small,
+        max_examples=15 if small else 200, stateful_step_count=20, deadline=None, database=None, derandomize=small,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     Editing.done = 0

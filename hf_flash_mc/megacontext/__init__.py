@@ -30,6 +30,8 @@ _HOME = {
     "MemoryStore": "store",
     "OracleLens": "lensnet",
     "RandomLens": "lensnet",
+    "RecallIndex": "recall",
+    "RecallLens": "lensnet",
     "RecencyLens": "lensnet",
     "Rope": "rope",
     "Store": "store",

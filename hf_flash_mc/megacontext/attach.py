@@ -45,6 +45,7 @@ class MegaContext(nn.Module, ModelHubMixin):
         self.lens = build_lens(config)
         self._hold: tuple[Any, ...] = ()  # a tuple, so that the base model is not a submodule of its own submodule
         self._patched_here, self.enabled = False, True
+        self._recall_heads: list[tuple[int, int]] | None = None
         self.register_load_state_dict_post_hook(_forgive_missing)
 
     @property
@@ -59,6 +60,14 @@ class MegaContext(nn.Module, ModelHubMixin):
         from .session import MegaContextSession
 
         return MegaContextSession(self, folder, **options)
+
+    def recall_heads(self) -> list[tuple[int, int]]:
+        """(layer, query head) of the heads that a `RecallIndex` keeps; found once, with a forward of random tokens."""
+        if self._recall_heads is None:
+            from .recall import find_heads
+
+            self._recall_heads = find_heads(self)
+        return self._recall_heads
 
     def load_session(self, folder: str | Path) -> Any:
         """A session that `MegaContextSession.save` wrote, as it was."""

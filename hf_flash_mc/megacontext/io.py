@@ -129,6 +129,7 @@ def save_session(session: MegaContextSession, folder: str | Path) -> None:
         "chunk_size": session.chunk_size,
         "observe": cache.observe,
         "telemetry": session.stats.to_dict(),
+        "recall": None if memory.recall is None else memory.recall.heads,
     }
     _write_tensors(folder / STATE, state)
     _write_json(folder / SUMMARY, summary)
@@ -174,6 +175,7 @@ def load_session(addon: MegaContext, folder: str | Path) -> MegaContextSession:
     if differ:
         raise ValueError(f"{folder}: the session belongs to another add-on or model: {'; '.join(differ)}")
     options = {"chunk_size": summary["chunk_size"], "observe": summary["observe"]}
+    options["recall"] = False if summary["recall"] is None else summary["recall"]
     session = MegaContextSession(addon, folder, resume=summary["committed"], **options)
     try:
         _restore(session, state, summary)

@@ -64,7 +64,13 @@ class LensInput:
 
 
 class Lens(nn.Module):
-    """The interface. A lens implements ``forward``: scores ``[N]`` in [-1, 1] before legality."""
+    """The interface. A lens implements ``forward``: scores ``[N]`` in [-1, 1] before legality.
+
+    ``reads``: what a session gives it as ``attention_mass``: "mass", the attention that slots got, or "recall", what
+    the last queries ask for among all exact keys (`RecallIndex`).
+    """
+
+    reads = "mass"
 
     def __init__(self, config: MegaContextConfig):
         super().__init__()
@@ -133,6 +139,12 @@ def _compared(mass: Tensor, usual: Tensor) -> Tensor:
     return torch.where(total > 0, (mass - usual) / total, 0.0)
 
 
+class RecallLens(GistMassLens):
+    """Training-free, the default: the same of the mass that a `RecallIndex` finds, at every level of detail."""
+
+    reads = "recall"
+
+
 class RandomLens(Lens):
     """Uniform in [-1, 1], from ``generator``: the baseline that any lens must beat."""
 
@@ -157,14 +169,14 @@ class OracleLens(Lens):
 
 @dataclass
 class LensSettings:
-    """``MegaContextConfig.lens``. kind: "gist_mass", "recency", "random", "dual" or "transformer".
+    """``MegaContextConfig.lens``. kind: "recall", "gist_mass", "recency", "random", "dual" or "transformer".
 
     The rest is for the trained kinds. width: d_lens. stacks: of the dual lens. layers: of the transformer.
     prior: "none", "recency" or "gist_mass", the lens that an untrained network equals (its head begins at zero); with
     "none" it scores 0. entry_dim: size of entries and tail, None for the base model's hidden_size.
     """
 
-    kind: str = "gist_mass"
+    kind: str = "recall"
     width: int = 512
     head_dim: int | None = 64
     stacks: int = 1
@@ -298,6 +310,7 @@ class TransformerLens(TrainedLens):
 
 
 KINDS: dict[str, type[Lens]] = {
+    "recall": RecallLens,
     "gist_mass": GistMassLens,
     "recency": RecencyLens,
     "random": RandomLens,

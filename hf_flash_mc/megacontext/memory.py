@@ -13,6 +13,7 @@ from .cache import MegaContextCache
 from .config import MegaContextConfig
 from .gistnet import KVGist
 from .positions import Numbering, rearrange
+from .recall import RecallIndex
 from .rope import Rope
 from .store import FileStore, MemoryStore, Store, StoreError
 from .tree import MegaContextTree
@@ -56,6 +57,7 @@ class KVMemory:
         self.places.truncate(len(self.tree))  # killed between the two
         self.numbering = Numbering(config)
         self.slots = np.empty(0, np.int64)
+        self.recall: RecallIndex | None = None
 
     @property
     def committed(self) -> int:
@@ -69,14 +71,24 @@ class KVMemory:
         if count <= 0:
             return
         index = np.searchsorted(wc.start, first) + np.arange(count)  # tokens outside the tree are lod 0 slots
-        payload = self.cache.read(self.slots[index]).cpu()
+        payload = self.cache.read(self.slots[index])
         places = torch.from_numpy(self.numbering.position[index].astype(np.int32))
         self.places.append(places)
         try:
-            self.tree.append(token_ids[:count].cpu(), payload)
+            self.tree.append(token_ids[:count].cpu(), payload.cpu())
         except BaseException:
             self.places.truncate(first)
             raise
+        if self.recall is not None:
+            self.recall.append(payload, places)
+
+    def keep_recall(self, recall: RecallIndex) -> None:
+        """Keep an index of the tree's tokens; what it lacks is read from the tree."""
+        self.recall = recall
+        recall.store.truncate(min(len(recall), self.committed))
+        for first in range(len(recall), self.committed, 4096):
+            part = slice(first, min(first + 4096, self.committed))
+            recall.append(self.tree.payload(0, part).to(self.cache.device), self.places.read(part))
 
     def _pool(self, children: Tensor, *, lod: int, first: int) -> Tensor:
         """Gists of nodes ``first, first + 1, ...`` of a level, for the tree."""
@@ -202,15 +214,21 @@ class KVMemory:
             raise StoreError(f"the tree holds {self.committed} tokens, expected at least {total}; restore its files")
         self.tree.truncate(total)
         self.places.truncate(total)
+        if self.recall is not None:
+            self.recall.store.truncate(total)
 
     def flush(self, durable: bool = False) -> None:
         """Hand the tree's files to the operating system, and with ``durable`` to the disk."""
         self.places.flush(durable)
+        if self.recall is not None:
+            self.recall.store.flush(durable)
         self.tree.flush(durable)
 
     def close(self) -> None:
         self.places.close()
         self.tree.close()
+        if self.recall is not None:
+            self.recall.store.close()
 
 
 def open_places(config: MegaContextConfig, folder: Path | None) -> Store:

@@ -16,6 +16,7 @@ from .attach import MegaContext, cache_argument, layer_windows
 from .cache import MegaContextCache
 from .lensnet import LensInput
 from .memory import KVMemory
+from .recall import RecallIndex, entry_mass, open_store, pairs_of
 from .telemetry import Telemetry
 from .working_context import BudgetError, Change, Edits, WorkingContext
 
@@ -34,6 +35,7 @@ class MegaContextSession:
         observe: last queries whose attention to each slot the lens is given.
         seed: of the random lens.
         resume: tokens of the tree that a saved session has; only `load_session` knows.
+        recall: keep a `RecallIndex`, as the recall lens needs; None: if the lens reads one. A list: of these heads.
 
     Attributes:
         working_context, tree, cache: see their classes. One session is one history: batch size 1, not thread-safe.
@@ -49,6 +51,7 @@ class MegaContextSession:
         observe: int = OBSERVED,
         seed: int = 0,
         resume: int | None = None,
+        recall: bool | list[tuple[int, int]] | None = None,
     ) -> None:
         if addon.config.backend != "kv":
             raise NotImplementedError(
@@ -94,7 +97,11 @@ class MegaContextSession:
         self._logits: Tensor | None = None  # [V], what follows the history; None after it changed
         self._since_refocus = 0
         self._cache_argument = cache_argument(self.model)
-        self._scaling, self._softcap = _attention_scales(self.model, self.config.payload_shape[3])
+        self.scaling, self._softcap = _attention_scales(self.model, self.config.payload_shape[3])
+        if recall is None:
+            recall = addon.lens.reads == "recall"
+        if recall is not False:
+            self._keep_recall(addon.recall_heads() if recall is True else recall)
         self.last_scores: Tensor | None = None
 
     @property
@@ -138,7 +145,7 @@ class MegaContextSession:
         bar = _progress_bar(len(ids)) if progress else None
         done = 0
         while done < len(ids):
-            count = self._make_room(min(self.chunk_size, len(ids) - done))
+            count = self.make_room(min(self.chunk_size, len(ids) - done))
             last = done + count == len(ids)
             logits = self._forward(ids[done : done + count], keep=count if return_logits else int(last))
             if return_logits:
@@ -172,24 +179,43 @@ class MegaContextSession:
         """
         edits = []
         for _ in range(rounds):
-            edits.append(self._refocus_once(max_edits))
+            edits.append(self._refocus_once(max_edits, reread))
             if reread:
                 self.reread(reread)
         return edits
 
-    def scores(self) -> Tensor:
-        """The lens's scores of the working context, float32 [N] on the CPU."""
+    def scores(self, keep: int = 0) -> Tensor:
+        """The lens's scores of the working context, float32 [N] on the CPU; ``keep`` tokens stay out of the tree."""
         wc = self.working_context
+        if self.addon.lens.reads == "recall":  # it knows what is in the tree
+            self._commit(len(self) - max(self.config.recent_tokens, keep))
         with self.stats.time("lens"), torch.no_grad():
-            mass = self.attention_mass() if self.cache.observe else None
+            mass = None
+            if self.cache.observe:
+                recalls = self.addon.lens.reads == "recall"
+                mass = self.recall_mass() if recalls else self.attention_mass()
             context = LensInput.of(wc, self.device, attention_mass=mass, generator=self.generator)
             self.last_scores = self.addon.lens.score(context).detach().cpu()
         return self.last_scores
 
     def attention_mass(self) -> Tensor:
         """The share of attention that each slot of the working context got from the last queries, float32 [N]."""
-        mass = self.cache.attention_mass(self._scaling, self._softcap)
+        mass = self.cache.attention_mass(self.scaling, self._softcap)
         return mass[torch.from_numpy(self.memory.slots).to(mass.device)]
+
+    def recall_mass(self) -> Tensor:
+        """What the copying heads' last queries ask for, by exact keys whatever the level of detail, float32 [N].
+
+        ValueError where the session keeps no `RecallIndex`.
+        """
+        if self.memory.recall is None:
+            raise ValueError(
+                'recall: this session keeps no index; start it with session(recall=True) or MegaContextConfig(lens={"kind"'
+                ': "recall"})'
+            )
+        queries, wc = self.cache.last_queries(), self.working_context
+        blocks = self.memory.recall.mass(queries, self.memory.numbering.next - queries.shape[2]).cpu().numpy()
+        return torch.from_numpy(entry_mass(blocks, wc.start, wc.span, self.config.block_size)).to(self.device)
 
     def apply(self, edits: Edits, *, refocus: bool = False) -> None:
         """Apply edits to working context and cache; ValueError before anything changes where they are not legal."""
@@ -250,7 +276,7 @@ class MegaContextSession:
         if refocus and self._since_refocus >= interval and (self.working_context.lod > 0).any():
             self._refocus_once()
         if len(self.working_context) >= self.config.w_max:
-            self._make_room(interval)
+            self.make_room(interval)
         self._forward(token, keep=1)
         self.stats.generated += 1
         self._since_refocus += 1
@@ -299,6 +325,14 @@ class MegaContextSession:
         if not np.array_equal(self.cache.gist[slots], wc.lod > 0):
             raise RuntimeError("cache: gists stand where tokens should, or the other way round")
 
+    def _keep_recall(self, heads: list[tuple[int, int]]) -> None:
+        text = self.model.config.get_text_config(decoder=True)
+        groups = text.num_attention_heads // self.config.payload_shape[2]
+        heads = [(int(layer), int(head)) for layer, head in heads]
+        store = open_store(self.config, self.folder, len(pairs_of(heads, groups)))
+        index = RecallIndex(heads, groups, self.scaling, self.addon.gist.rope, self.config.block_size, store)
+        self.memory.keep_recall(index)
+
     def _forward(self, ids: Tensor, keep: int) -> Tensor:
         """Run new tokens [n] on the CPU over the working context; logits of the last ``keep``, [keep, V]."""
         if not self.addon.enabled or self.model.config._attn_implementation != KEY:
@@ -337,11 +371,14 @@ class MegaContextSession:
         self._logits = logits[-1] if keep else None
         return logits
 
-    def _make_room(self, need: int) -> int:
-        """Collapse until ``need`` tokens fit, or fewer where that is impossible; for how many there is room."""
+    def make_room(self, need: int, scores: Tensor | None = None) -> int:
+        """Collapse until ``need`` tokens fit, or fewer where that is impossible; for how many there is room.
+
+        scores: [N], what to keep; None: the lens's.
+        """
         wc = self.working_context
         while len(wc) + need > self.config.w_max:
-            scores = self.scores() if len(wc) else None
+            scores = self.scores() if scores is None else scores
             try:
                 with self.stats.time("allocate"):
                     edits, state = self.allocator.make_room(wc, scores, need, self.allocation)
@@ -357,8 +394,8 @@ class MegaContextSession:
             break
         return need
 
-    def _refocus_once(self, max_edits: int | None = None) -> Edits:
-        scores = self.scores()
+    def _refocus_once(self, max_edits: int | None = None, keep: int = 0) -> Edits:
+        scores = self.scores(keep)
         with self.stats.time("allocate"):
             edits, self.allocation = self.allocator.plan(self.working_context, scores, self.allocation, max_edits)
         self._since_refocus = 0

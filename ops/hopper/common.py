@@ -3,6 +3,8 @@
 What is elementwise and made of scalars comes from ``portable/common.py``; what makes layouts or reduces is here.
 """
 
+# mypy: disable-error-code="assignment"
+# (tuples grow in jitted functions)
 from __future__ import annotations
 
 from typing import NamedTuple

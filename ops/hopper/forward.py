@@ -309,7 +309,6 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
         pd = gl.convert_layout(p.to(dtype), LP)
         for i in range(1, masked + full_tiles):
             before = count % STAGES
-            before_phase = (count // STAGES) & 1
             stage = (count + 1) % STAGES
             if C.TURNS:
                 bar_sync(TURN + GROUP, 256)

@@ -1,6 +1,6 @@
 """The "hopper" back end: Gluon kernels for sm_90, behind the interface of ``portable/launch.py``.
 
-The forward is ours; the backward is exact on the same out and lse, whichever kernels made them.
+Any backward is exact on the same out and lse, whichever kernels made them: what the fused one lacks, the portable has.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from ..portable.launch import _on_device
 from ..portable.plan import Plan, plan_of
 from ..spec import Gradients, Needs, Spec, Varlen, new_strided
 from ..tuning import architecture
-from .backward_launch import backward as fused_backward
-from .backward_launch import unsupported_backward
+from . import backward_launch as fused
 from .forward import attn_fwd_hopper_kernel
 from .plan import HopperConfig, Launch, tiles, tma_problem, variant
 
@@ -131,11 +130,18 @@ def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: Spec,
     needs: Needs, deterministic: bool, varlen: Varlen | None = None,
 ) -> Gradients:  # fmt: skip
-    """The gradients that ``needs`` names: by the fused kernel where it can take the call, else by the portable ones."""
-    plan = plan_of(q, k, v, spec, varlen)
+    """The gradients that ``needs`` names: by the fused kernel where it runs, else by the portable ones."""
+    if not backward_reasons(q, k, v, spec, needs, deterministic, varlen):
+        return fused.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen)
+    return portable.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen)
+
+
+def backward_reasons(
+    q: Tensor, k: Tensor, v: Tensor, spec: Spec, needs: Needs, deterministic: bool, varlen: Varlen | None = None
+) -> list[str]:
+    """Why the fused backward does not run, kept with the plan."""
+    kept = plan_of(q, k, v, spec, varlen).launches
     key = ("hopper-bwd-unsupported", needs, deterministic)
-    reasons = plan.launches.get(key)
-    if reasons is None:
-        reasons = plan.launches[key] = unsupported_backward(q, k, v, spec, needs, deterministic, varlen)
-    step = portable.backward if reasons else fused_backward
-    return step(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen)
+    if key not in kept:
+        kept[key] = fused.unsupported_backward(q, k, v, spec, needs, deterministic, varlen)
+    return kept[key]

@@ -30,10 +30,16 @@ class HopperConfig(NamedTuple):
     registers: int = 240
 
 
-# (largest padded head dim, configuration): measured on an H100; "wide" where logits take more than a scale
-PLAIN = [(64, HopperConfig(3, 128, 2, False, True, 160)), (128, HopperConfig(2, 128, 2, True)),
-         (256, HopperConfig(2, 64, 2, True))]  # fmt: skip
-WIDE = [(64, HopperConfig(2, 128, 2, True)), (128, HopperConfig(2, 64, 3, True)), (256, HopperConfig(2, 32, 2, True))]
+# By padded head dim. Three warpgroups share a tile of keys between 192 rows, where walks are long and 192 divides well.
+USUAL = {
+    64: HopperConfig(2, 128, 3, True),
+    128: HopperConfig(2, 128, 2, True),
+    256: HopperConfig(2, 64, 2, True),
+}
+LONG_64 = HopperConfig(3, 128, 3, True, registers=160)
+# fewer keys a tile where logits take registers of their own
+WEIGHT = USUAL | {128: HopperConfig(2, 64, 3, True)}
+DROPOUT = {64: HopperConfig(2, 64, 3, True), 128: HopperConfig(2, 64, 3, True), 256: HopperConfig(2, 32, 2, True)}
 
 
 def padded(d: int) -> int:
@@ -41,18 +47,24 @@ def padded(d: int) -> int:
     return max(64, 1 << (d - 1).bit_length())
 
 
-def default_config(f: Features) -> HopperConfig:
-    """The table's configuration for a call with these features."""
-    wide = f.HAS_DROPOUT or f.HAS_SOFTCAP or f.HAS_ALIBI or f.HAS_WEIGHT
+def default_config(f: Features, plan: Plan) -> HopperConfig:
+    """The table's configuration for a call with these features and lengths. Measured on an H100."""
     width = max(padded(f.D), padded(f.DV))
-    return next(config for limit, config in (WIDE if wide else PLAIN) if width <= limit)
+    if f.HAS_DROPOUT:
+        return DROPOUT[width]
+    if f.HAS_WEIGHT:
+        return WEIGHT[width]
+    bounded = f.CAUSAL or f.HAS_LEFT or f.HAS_RIGHT or f.HAS_RANGES or f.VARLEN
+    if width == 64 and not f.HAS_SOFTCAP and plan.max_k >= (8192 if bounded else 2048) and not f.HAS_LEFT:
+        return LONG_64
+    return USUAL[width]
 
 
 def variant(plan: Plan, config: HopperConfig | None = None) -> tuple[Features, Cut, HopperConfig]:
     """The two constexprs of a call's forward kernel."""
     d, dv = padded(plan.d), padded(plan.dv)
     f = features(Config(64, 64, 4, 1, True), plan.d, plan.dv, plan.flags, cut=lambda n: (padded(n),))
-    config = config or default_config(f)
+    config = config or default_config(f, plan)
     # a packed sequence's last tile reads the neighbour's keys, which may be NaN
     f = f._replace(BLOCK_M=GROUP_ROWS * config.groups, BLOCK_N=config.block_n, SANITIZE=f.SANITIZE or plan.packed)
     cut = Cut(d, dv, config.groups, config.stages, config.turns, config.split, config.registers,
@@ -182,7 +194,7 @@ def _runner(compiled: Any, of: Launch) -> Callable[[list[Tensor], list[int]], No
 
 def _c_function(launcher: Any) -> Any:
     """The C function that Triton 3.6 wraps in one that encodes tensor descriptors; None where that looks different."""
-    launch = getattr(launcher, "launch", None)
+    launch: Any = getattr(launcher, "launch", None)
     if not triton.__version__.startswith("3.6.") or torch.version.hip or not hasattr(launch, "__closure__"):
         return None
     held = dict(zip(launch.__code__.co_freevars, launch.__closure__ or (), strict=True))

@@ -47,9 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub name of a causal language model (default: SmolLM2-135M)")
     parser.add_argument("--text", help="a text file (default: Python's language reference)")
-    parser.add_argument(
-        "--tokens", type=int, help="read at most this many tokens (default: 4096 without --text, else all)"
-    )
+    parser.add_argument("--tokens", type=int, help="read at most so many tokens (default: all; 4096 without --text)")
     parser.add_argument("--ask", action="append", help="a question; may be given more than once (default: type them)")
     parser.add_argument("--window", type=int, default=1024, help="slots of the working context (default 1024)")
     parser.add_argument("--lens", default="recall", choices=["recall", "gist_mass", "recency", "random"])
@@ -94,13 +92,8 @@ def answer(session: Any, tokenizer: Any, question: str, options: argparse.Namesp
     session.ingest(ids)
     session.refocus(rounds=options.rounds, reread=len(ids))
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    tokens = session.generate(
-        max_new_tokens=options.new_tokens,
-        do_sample=False,
-        repetition_penalty=1.2,
-        streamer=streamer,
-        tokenizer=tokenizer,
-    )
+    sampling = {"max_new_tokens": options.new_tokens, "do_sample": False, "repetition_penalty": 1.2}
+    tokens = session.generate(streamer=streamer, tokenizer=tokenizer, **sampling)
     report = session.telemetry()
     print(
         f"[{tokens.shape[1]} tokens in {time.perf_counter() - start:.1f} s; {report['expansions']} expansions so far, "

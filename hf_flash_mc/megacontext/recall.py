@@ -1,10 +1,10 @@
 """RecallIndex: which old text the last queries ask for, found by the model's own copying heads among the exact keys.
 
-Gists of mean keys do not say what their text holds: among 80 blocks of Python's documentation the one that a question asks
-for ranked 25th (median) by the attention its gist got. A few heads of every language model copy what followed the same
-token before (induction heads: Olsson et al., "In-context learning and induction heads", 2022), and their attention over
-exact keys ranked that block first in 24 of 24 questions, without rotation better than with (SmolLM2-135M, 2560 tokens,
-needles of 8 names). So the keys of these heads alone are kept for the whole history: 256 bytes a token there.
+Gists of mean keys do not say what their text holds: of 80 blocks of Python's documentation, the one that a question
+asked for ranked 25th (median) by the attention its gist got. A few heads of every language model copy what followed the
+same token before (induction heads: Olsson et al., "In-context learning and induction heads", 2022). By their attention
+to exact keys that block ranked first in 24 of 24 questions, without rotation rather than with it (SmolLM2-135M, 2560
+tokens, needles of 8 names). So the keys of these heads alone are kept for the whole history: 256 bytes a token there.
 """
 
 from __future__ import annotations
@@ -105,8 +105,11 @@ def entry_mass(blocks: np.ndarray, start: np.ndarray, span: np.ndarray, block_si
 
 @torch.no_grad()
 def find_heads(addon: MegaContext, count: int = HEADS) -> list[tuple[int, int]]:
-    """The heads that copy best: random tokens are shown twice, and each query of the repetition should look at the token
-    after the first showing of its own. Layers with a sliding window are left out where others exist."""
+    """The heads that copy best, as (layer, query head).
+
+    Random tokens are shown twice: a copying head's query of a repeated token looks at what followed its first showing.
+    Layers with a sliding window are left out where others exist.
+    """
     from .session import MegaContextSession
 
     config = addon.config

@@ -210,8 +210,8 @@ class MegaContextSession:
         """
         if self.memory.recall is None:
             raise ValueError(
-                'recall: this session keeps no index; start it with session(recall=True) or MegaContextConfig(lens={"kind"'
-                ': "recall"})'
+                "recall: this session keeps no index; start it with session(recall=True), or with a config of "
+                'lens={"kind": "recall"}'
             )
         queries, wc = self.cache.last_queries(), self.working_context
         blocks = self.memory.recall.mass(queries, self.memory.numbering.next - queries.shape[2]).cpu().numpy()

@@ -45,10 +45,12 @@ class Case:
     dtype: str
     head_dims: tuple[int, int]
     feature: str
+    lengths: tuple[int, int] = (512, 512)  # Sq, Sk: long enough for tensor-memory-accelerator variants
 
     @property
     def name(self) -> str:
-        return f"{self.dtype}-{self.head_dims[0]}x{self.head_dims[1]}-{self.feature}"
+        lengths = "" if self.lengths == (512, 512) else f"-{self.lengths[0]}:{self.lengths[1]}"
+        return f"{self.dtype}-{self.head_dims[0]}x{self.head_dims[1]}-{self.feature}{lengths}"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Result:
 
 USUAL = ("plain", "causal", "ranges", "many")
 RARER = ("window", "mask", "bias", "weight", "alibi", "softcap", "sinks", "dropout", "varlen", "varlen_causal")
+SPECIAL = ((16, 16), (32, 32), (64, 64), (2048, 8), (2048, 32), (8, 4096), (32, 4096), (1, 4096))
 # Every row of the tile table is met: both widths and its three head-dim limits; every feature at the two usual sizes.
 CASES = [
     *(Case(dtype, (d, d), feature) for dtype in ("bf16", "fp32") for d in (64, 128, 256) for feature in USUAL),
@@ -78,39 +81,44 @@ CASES = [
     *(Case("bf16", dims, "causal") for dims in ((80, 80), (96, 96), (192, 128))),
     *(Case("bf16", dims, "ranges") for dims in ((64, 32), (100, 40), (80, 80))),  # V narrower than K: see sass.py
     Case("fp16", (128, 128), "causal"),
+    # windows, many queries over few keys, few over many, decoding: kernels of their own
+    *(Case("bf16", (d, d), feature, n) for d in (64, 128) for feature in ("plain", "many") for n in SPECIAL),
 ]
 CI = [
     ("sm80", Case("bf16", (64, 64), "causal")),
     ("sm90", Case("bf16", (128, 128), "ranges")),
     ("sm90", Case("bf16", (64, 32), "ranges")),
+    ("sm90", Case("bf16", (64, 64), "plain", (32, 32))),
+    ("sm90", Case("bf16", (64, 64), "plain", (8, 4096))),
     ("sm100", Case("bf16", (128, 128), "plain")),
     ("gfx942", Case("bf16", (64, 64), "causal")),
 ]
 
 
 def call_of(case: Case) -> dict[str, Any]:
-    """The tensors and the description of the case's call: long enough for tensor-memory-accelerator variants."""
+    """The tensors and the description of the case's call."""
     import torch
 
     from hf_flash_mc.ops.spec import Spec, Varlen
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case.dtype]
-    b, hq, hkv, s = 2, 4, 2, 512
+    b, hq, hkv = 2, 4, 2
+    sq, sk = case.lengths
     d, dv = case.head_dims
     packed = case.feature.startswith("varlen")
-    lead = ((2 * s, h) if packed else (b, s, h) for h in (hq, hkv, hkv))
+    lead = ((2 * s, h) if packed else (b, s, h) for s, h in ((sq, hq), (sk, hkv), (sk, hkv)))
     q, k, v = (torch.zeros(*shape, n, dtype=dtype) for shape, n in zip(lead, (d, d, dv), strict=True))
     if not packed:  # as transformers gives them: [B, S, H, D] memory
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    cu = torch.tensor([0, s, 2 * s], dtype=torch.int32)
+    cu = torch.tensor([0, sq, 2 * sq], dtype=torch.int32)
     options: dict[str, dict[str, Any]] = {
         "plain": {},
         "causal": {"causal": True},
         "window": {"causal": True, "window_left": 127},
-        "ranges": {"key_ranges": torch.zeros(b, 1, s, 2, dtype=torch.int32)},
-        "mask": {"mask": torch.ones(b, 1, s, s, dtype=torch.bool)},
-        "bias": {"bias": torch.zeros(1, hq, s, s, dtype=dtype)},
-        "weight": {"key_log_weight": torch.zeros(b, 1, s)},
+        "ranges": {"key_ranges": torch.zeros(b, 1, sq, 2, dtype=torch.int32)},
+        "mask": {"mask": torch.ones(b, 1, sq, sk, dtype=torch.bool)},
+        "bias": {"bias": torch.zeros(1, hq, sq, sk, dtype=dtype)},
+        "weight": {"key_log_weight": torch.zeros(b, 1, sk)},
         "alibi": {"causal": True, "alibi_slopes": torch.zeros(hq)},
         "softcap": {"causal": True, "softcap": 50.0},
         "sinks": {"causal": True, "window_left": 127, "sinks": torch.zeros(hq)},
@@ -123,7 +131,7 @@ def call_of(case: Case) -> dict[str, Any]:
     return {
         "qkv": (q, k, v),
         "spec": Spec(**options[case.feature]),
-        "varlen": Varlen(cu, cu, s, s) if packed else None,
+        "varlen": Varlen(cu, cu, sq, sk) if packed else None,
     }
 
 

@@ -42,6 +42,10 @@ _FEW_HALF: dict[str, list[tuple[int, ...]]] = {
     "few_queries_bwd/32": [(64, 32, 64, 4, 2), (128, 32, 64, 8, 2)],
     "few_queries_bwd/64": [(64, 64, 64, 4, 2), (128, 64, 32, 8, 2)],
 }
+_FEW_SM80: dict[str, list[tuple[int, ...]]] = {  # whose matrix unit takes operands from registers
+    "few_queries_bwd/16": [(64, 16, 32, 2, 3), (128, 16, 32, 4, 2), (256, 16, 32, 4, 1)],
+    "few_queries_bwd/64": [(64, 64, 32, 4, 2), (128, 64, 32, 8, 2)],
+}
 _FEW_WIDE: dict[str, list[tuple[int, ...]]] = {
     "few_keys_fwd/16": [(128, 32, 16, 4, 1)],
     "few_keys_fwd/32": [(128, 32, 32, 4, 1)],
@@ -66,8 +70,8 @@ _FEW_SMALL: dict[str, list[tuple[int, ...]]] = {
 }
 
 TABLE: dict[str, dict[str, dict[str, list[tuple[int, ...]]]]] = {
-    "sm80": {"half": _HALF_SM80 | _FEW_HALF, "wide": _WIDE | _FEW_WIDE},
-    "sm86": {"half": _HALF_SM80 | _FEW_HALF, "wide": _WIDE | _FEW_WIDE},
+    "sm80": {"half": _HALF_SM80 | _FEW_HALF | _FEW_SM80, "wide": _WIDE | _FEW_WIDE},
+    "sm86": {"half": _HALF_SM80 | _FEW_HALF | _FEW_SM80, "wide": _WIDE | _FEW_WIDE},
     "sm90": {
         "half": {
             "fwd": [(64, 64, 64, 4, 3), (128, 64, 64, 4, 3), (256, 128, 64, 8, 2)],
@@ -83,6 +87,6 @@ TABLE: dict[str, dict[str, dict[str, list[tuple[int, ...]]]]] = {
         "wide": _WIDE | _FEW_WIDE,
     },
     "sm100": {"half": _HALF_SM80 | _FEW_HALF, "wide": _WIDE | _FEW_WIDE},
-    "gfx942": {"half": _HALF_SM80 | _FEW_HALF, "wide": _WIDE | _FEW_WIDE},
+    "gfx942": {"half": _HALF_SM80 | _FEW_HALF | _FEW_SM80, "wide": _WIDE | _FEW_WIDE},
     "interpreter": {"half": _SMALL | _FEW_SMALL, "wide": _SMALL | _FEW_SMALL},
 }

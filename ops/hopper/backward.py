@@ -15,6 +15,7 @@ from typing import NamedTuple
 from ..portable.backward import _plan_queries
 from ..portable.common import backward_logits, backward_weights, key_in_use, row_ranges
 from .shim import (
+    bar_arrive,
     bar_sync,
     fence_async_shared,
     gl,
@@ -30,6 +31,8 @@ from .shim import (
 
 SUB = gl.constexpr(64)  # query rows of one matrix product
 HALF = gl.constexpr(64)  # keys of one warpgroup
+# named barriers: stage s of q and dout is free; warpgroup c's half of slot s is written; all meet
+FREE, GIVEN, ALL = gl.constexpr(4), gl.constexpr(8), gl.constexpr(12)
 
 
 class Schedule(NamedTuple):
@@ -37,9 +40,8 @@ class Schedule(NamedTuple):
 
     SUBS: int = 1  # sub-tiles of 64 query rows in one step
     STAGES: int = 2  # of q and dout
-    DS_STAGES: int = 2  # of the logits' gradients
     EARLY: int = 1  # what of the next step is issued before dQ is written: 1 scores, 2 scores ahead of dQ, 3 and its dP
-    MEET: bool = False  # warpgroups meet at an mbarrier, between whose halves other products run
+    MEET: bool = False  # other products may run between giving one's half and taking the other
     SETTLE: bool = False  # a block boundary keeps exp2 behind the issue of dP
     K_REGS: bool = False  # keys as a register operand: less traffic in shared memory
     V_REGS: bool = False
@@ -51,7 +53,7 @@ class Schedule(NamedTuple):
 def _producer(descs, rows_ptr, dirty_ptr, smem, bars, where, F: gl.constexpr, T: gl.constexpr):
     q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc = descs
     q_s, k_s, v_s, do_s, rows_s = smem
-    kv_full, q_full, do_full, empty, _ds_full = bars
+    kv_full, q_full, do_full = bars
     batch, head_k, n0, group, first, tiles, count, shift, units, unit0 = where
     STAGES: gl.constexpr = T.STAGES
     SUBS: gl.constexpr = T.SUBS
@@ -66,14 +68,14 @@ def _producer(descs, rows_ptr, dirty_ptr, smem, bars, where, F: gl.constexpr, T:
     tma_load(v_desc, [batch, head_k, n0, 0], kv_full, v_s.index(0).reshape((1, 1, ROWS, DV)))
     for t in range(count):
         stage = t % STAGES
-        phase = (t // STAGES) & 1
         head = head_k * group + t // tiles
         m0 = (first + (t + shift) % tiles) * BLOCK_M
         unit = unit0 + head * units + m0 // SUB
         rows = gl.load(rows_ptr + unit * WIDTH + lane)
         if SUBS == 2:
             more_rows = gl.load(rows_ptr + (unit + 1) * WIDTH + lane)
-        mbarrier.wait(empty.index(stage), phase ^ 1)
+        if t >= STAGES:
+            bar_sync(FREE + stage, 288)
         mbarrier.expect(q_full.index(stage), SUBS * q_desc.block_type.nbytes)
         mbarrier.expect(do_full.index(stage), SUBS * do_desc.block_type.nbytes)
         for j in gl.static_range(SUBS):
@@ -94,6 +96,8 @@ def _producer(descs, rows_ptr, dirty_ptr, smem, bars, where, F: gl.constexpr, T:
         if SUBS == 2:
             rows_s.index(stage * SUBS + 1).store(more_rows)
         mbarrier.arrive(q_full.index(stage), count=1)
+    for stage in range(gl.minimum(count, STAGES)):  # leave no barrier half full
+        bar_sync(FREE + stage, 288)
 
 
 @gluon.jit
@@ -109,11 +113,10 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
     dq_desc, dk_desc, dv_desc = descs
     seen_ptr, weight_ptr, slopes_ptr, seed_ptr, dw_ptr = pointers
     q_s, k_s, v_s, do_s, ds_s, dq_s, rows_s = smem
-    kv_full, q_full, do_full, empty, ds_full = bars
+    kv_full, q_full, do_full = bars
     batch, head_k, n0, group, first, tiles, count, shift, full_lo, full_hi = where
     scale, softcap, keep_scale, sq, sk, window_left, window_right, threshold, off_b, off_h, off_m, off_n = numbers
     STAGES: gl.constexpr = T.STAGES
-    DS_STAGES: gl.constexpr = T.DS_STAGES
     SUBS: gl.constexpr = T.SUBS
     D: gl.constexpr = F.D
     DV: gl.constexpr = F.DV
@@ -191,7 +194,7 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
         else:
             v_op = v_s.index(z).slice(CID * HALF, HALF, 0)
         masked = (m0 < full_lo) | (m0 + BLOCK_M > full_hi)
-        ds_slot = (t % DS_STAGES) * SUBS
+        ds_slot = t % 2 * SUBS
         if not T.EARLY:
             mbarrier.wait(q_full.index(stage), phase)
             s_next = warpgroup_mma(k_op, q_s.index(stage * SUBS).permute((1, 0)), zero_s, use_acc=False, is_async=True)
@@ -260,7 +263,7 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
         fence_async_shared()
         after = t + 1
         if T.MEET:
-            mbarrier.arrive(ds_full.index(CID * DS_STAGES + t % DS_STAGES), count=1)
+            bar_arrive(GIVEN + t % 2 * 2 + CID, 256)
         if T.EARLY >= 2:
             dv = warpgroup_mma_wait(1, deps=(dv_t,))  # frees its operand's registers
             if after < count:
@@ -269,9 +272,9 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
                 k_op, q_s.index(after % STAGES * SUBS).permute((1, 0)), zero_s, use_acc=False, is_async=True
             )
         if T.MEET:
-            mbarrier.wait(ds_full.index((1 - CID) * DS_STAGES + t % DS_STAGES), (t // DS_STAGES) & 1)
+            bar_sync(GIVEN + t % 2 * 2 + 1 - CID, 256)
         else:
-            bar_sync(9, 256)  # both halves are in shared memory
+            bar_sync(ALL, 256)  # both halves are in shared memory
         if SUBS == 2:
             dq_t = warpgroup_mma(
                 ds_s.index(ds_slot + CID).permute((1, 0)), k_s.index(z), zero_q, use_acc=False, is_async=True
@@ -301,7 +304,7 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
             dq = warpgroup_mma_wait(1, deps=(dq_t,))
         else:
             dq, dk, dv = warpgroup_mma_wait(0, deps=(dq_t, dk_t, dv_t))
-        mbarrier.arrive(empty.index(stage))
+        bar_arrive(FREE + stage, 288)
         tma_store_wait(0)
         dq_out.store(dq)
         fence_async_shared()
@@ -317,11 +320,11 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
     tma_store_wait(0)
     if F.WEIGHT_GRAD:
         gl.store(dw_ptr + col, dw, mask=col < sk)
-    bar_sync(9, 256)  # nobody reads the keys any more: their memory takes dK and dV
+    bar_sync(ALL, 256)  # nobody reads the keys any more: their memory takes dK and dV
     k_own.store((dk * scale).to(dtype))
     v_own.store((dv * keep_scale).to(dtype))
     fence_async_shared()
-    bar_sync(9, 256)
+    bar_sync(ALL, 256)
     if CID == 0:
         tma_store(dk_desc, [batch, head_k, n0, 0], k_s.index(0).reshape((1, 1, ROWS, D)))
     else:
@@ -358,7 +361,6 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
     BLOCK_N: gl.constexpr = F.BLOCK_N
     SUBS: gl.constexpr = T.SUBS
     STAGES: gl.constexpr = T.STAGES
-    DS_STAGES: gl.constexpr = T.DS_STAGES
     REGS: gl.constexpr = T.REGS
     dtype: gl.constexpr = q_desc.dtype
     DQ_COLS: gl.constexpr = D if SUBS == 2 else D // 2
@@ -379,34 +381,21 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
         shift = tile
     full_hi = full_start + full_tiles * BLOCK_M
 
-    q_s = gl.allocate_shared_memory(
-        dtype, [STAGES * SUBS, SUB, D], gl.NVMMASharedLayout.get_default_for([SUB, D], dtype)
-    )
-    k_s = gl.allocate_shared_memory(dtype, [1, BLOCK_N, D], gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype))
-    v_s = gl.allocate_shared_memory(dtype, [1, BLOCK_N, DV], gl.NVMMASharedLayout.get_default_for([BLOCK_N, DV], dtype))
-    do_s = gl.allocate_shared_memory(
-        dtype, [STAGES * SUBS, SUB, DV], gl.NVMMASharedLayout.get_default_for([SUB, DV], dtype)
-    )
-    ds_s = gl.allocate_shared_memory(
-        dtype, [DS_STAGES * SUBS, BLOCK_N, SUB], gl.NVMMASharedLayout.get_default_for([BLOCK_N, SUB], dtype)
-    )
-    dq_s = gl.allocate_shared_memory(
-        gl.float32, [2, SUB, DQ_COLS], gl.NVMMASharedLayout.get_default_for([SUB, DQ_COLS], gl.float32)
-    )
+    q_s = _tiles(STAGES * SUBS, SUB, D, dtype)
+    k_s = _tiles(1, BLOCK_N, D, dtype)
+    v_s = _tiles(1, BLOCK_N, DV, dtype)
+    do_s = _tiles(STAGES * SUBS, SUB, DV, dtype)
+    ds_s = _tiles(2 * SUBS, BLOCK_N, SUB, dtype)
+    dq_s = _tiles(2, SUB, DQ_COLS, gl.float32)
     WIDTH: gl.constexpr = SUB * (4 if F.HAS_RANGES else 2)
     rows_s = gl.allocate_shared_memory(gl.float32, [STAGES * SUBS, WIDTH], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    ds_full = gl.allocate_shared_memory(gl.int64, [2 * DS_STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
-    for i in gl.static_range(2 * DS_STAGES):
-        mbarrier.init(ds_full.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=2)
         mbarrier.init(do_full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     b64 = batch.to(gl.int64)
     unit0 = b64 * HQ * units
@@ -422,7 +411,7 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
     if F.SANITIZE:
         loads = (q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc)
     smem = (q_s, k_s, v_s, do_s, ds_s, dq_s, rows_s)
-    bars = (kv_full, q_full, do_full, empty, ds_full)
+    bars = (kv_full, q_full, do_full)
     where = (batch, head_k, n0, GROUP, first, met, count, shift, full_start, full_hi)
     numbers = (scale, softcap, keep_scale, SQ, SK, window_left, window_right, threshold, off_b, off_h, off_m, off_n)
     gl.warp_specialize([

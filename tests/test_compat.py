@@ -1,0 +1,233 @@
+"""FlashAttention's functions over our ops: layouts, windows, packed forms, caches; against the formula in float64."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_flash_mc.compat import flash_attn as fa2
+from hf_flash_mc.compat import flash_attn_interface as fa3
+
+BOTH = pytest.mark.parametrize("module", [fa2, fa3], ids=["fa2", "fa3"])
+
+
+def rows(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def exact(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, softcap: float = 0.0, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """out [B, Sq, Hq, D] and lse [B, Hq, Sq] of [B, S, H, D] tensors; ``seen`` broadcasts to [B, Hq, Sq, Sk]."""
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = (logits if bias is None else logits + bias).masked_fill(~seen, float("-inf"))
+    lse = logits.logsumexp(-1)
+    weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
+
+
+def window_mask(sq: int, sk: int, causal: bool, window: tuple[int, int] = (-1, -1)) -> Tensor:
+    i, j = torch.arange(sq)[:, None] + sk - sq, torch.arange(sk)
+    left, right = window
+    seen = torch.ones(sq, sk, dtype=torch.bool)
+    if left >= 0:
+        seen &= j >= i - left
+    if right >= 0 or causal:
+        seen &= j <= i + (0 if causal else right)
+    return seen
+
+
+@BOTH
+@pytest.mark.parametrize("window", [(-1, -1), (5, 3), (4, -1)], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_dense(module: Any, causal: bool, window: tuple[int, int]) -> None:
+    q, k, v = rows(2, 17, 4, 8), rows(2, 23, 2, 8, seed=1), rows(2, 23, 2, 8, seed=2)
+    for x in (q, k, v):
+        x.requires_grad_()
+    expected, lse = exact(q, k, v, window_mask(17, 23, causal, window), softcap=3.0)
+    found = module.flash_attn_func(
+        q, k, v, causal=causal, window_size=window, softcap=3.0, deterministic=True, return_attn_probs=True
+    )
+    assert len(found) == (3 if module is fa2 else 2)
+    torch.testing.assert_close(found[0], expected)
+    torch.testing.assert_close(found[1], lse, check_dtype=False)
+    grads = [torch.autograd.grad(x.sin().sum(), (q, k, v)) for x in (found[0], expected)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_positional_arguments_stand_where_each_version_has_them() -> None:
+    packed = ["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
+    cached = ["q", "k_cache", "v_cache", "k", "v"]
+    names = {
+        fa2.flash_attn_func: ["q", "k", "v", "dropout_p", "softmax_scale", "causal", "window_size", "softcap"],
+        fa3.flash_attn_func: ["q", "k", "v", "softmax_scale", "causal", "qv", "q_descale", "k_descale", "v_descale"],
+        fa2.flash_attn_varlen_func: [*packed, "dropout_p", "softmax_scale", "causal"],
+        fa3.flash_attn_varlen_func: [*packed, "seqused_q", "seqused_k", "softmax_scale", "causal"],
+        fa2.flash_attn_with_kvcache: [*cached, "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx"],
+        fa3.flash_attn_with_kvcache: [*cached, "qv", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx"],
+    }
+    for function, expected in names.items():
+        assert list(inspect.signature(function).parameters)[: len(expected)] == expected, function
+
+
+def test_packed_tensors_are_the_parts() -> None:
+    q, k, v = (rows(2, 9, 3, 8, seed=i) for i in range(3))
+    expected = fa2.flash_attn_func(q, k, v, 0.0, None, True)
+    assert torch.equal(fa2.flash_attn_kvpacked_func(q, torch.stack((k, v), 2), causal=True), expected)
+    assert torch.equal(fa2.flash_attn_qkvpacked_func(torch.stack((q, k, v), 2), causal=True), expected)
+    assert torch.equal(fa3.flash_attn_qkvpacked_func(torch.stack((q, k, v), 2), causal=True), expected)
+    assert torch.equal(fa3.flash_attn_qkvpacked_func(torch.cat((q, k, v), 2), causal=True, num_heads_q=3), expected)
+    with pytest.raises(ValueError, match="num_heads_q"):
+        fa3.flash_attn_qkvpacked_func(torch.cat((q, k, v), 2))
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32)
+    q, k, v = (x[0] for x in (q, k, v))
+    expected = fa2.flash_attn_varlen_func(q, k, v, cu, cu, 5, 5, causal=True)
+    assert torch.equal(
+        fa2.flash_attn_varlen_kvpacked_func(q, torch.stack((k, v), 1), cu, cu, 5, 5, causal=True), expected
+    )
+    assert torch.equal(fa2.flash_attn_varlen_qkvpacked_func(torch.stack((q, k, v), 1), cu, 5, causal=True), expected)
+
+
+@BOTH
+def test_packed_sequences(module: Any) -> None:
+    lengths = [(4, 6), (5, 5), (0, 3), (1, 9)]
+    cu_q, cu_k = (
+        torch.tensor([0, *(sum(n[i] for n in lengths[: j + 1]) for j in range(4))], dtype=torch.int32) for i in (0, 1)
+    )
+    q, k, v = rows(10, 4, 8), rows(23, 2, 8, seed=1), rows(23, 2, 8, seed=2)
+    out = module.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 5, 9, causal=True, window_size=(3, 0))
+    for i, (sq, sk) in enumerate(lengths):
+        a, b = slice(int(cu_q[i]), int(cu_q[i + 1])), slice(int(cu_k[i]), int(cu_k[i + 1]))
+        expected, _ = exact(q[None, a], k[None, b], v[None, b], window_mask(sq, sk, True, (3, 0)))
+        torch.testing.assert_close(out[a], expected[0])
+
+
+def test_alibi_and_dropout() -> None:
+    q, k, v = rows(2, 7, 4, 8), rows(2, 9, 2, 8, seed=1), rows(2, 9, 2, 8, seed=2)
+    slopes = rows(2, 4, seed=3).abs()
+    distance = (torch.arange(7)[:, None] + 2 - torch.arange(9)).abs()
+    expected, _ = exact(q, k, v, torch.ones(7, 9, dtype=torch.bool), bias=-slopes[..., None, None] * distance)
+    found = fa2.flash_attn_func(q, k, v, alibi_slopes=slopes.float())
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    torch.manual_seed(0)
+    ones = torch.ones_like(v)
+    kept = torch.stack([fa2.flash_attn_func(q, k, ones, dropout_p=0.5) for _ in range(200)]).mean()
+    assert kept.item() == pytest.approx(1.0, abs=0.05)
+    with pytest.raises(NotImplementedError, match="return_attn_probs"):
+        fa2.flash_attn_func(q, k, v, dropout_p=0.5, return_attn_probs=True)
+
+
+def test_attention_chunk() -> None:
+    q, k, v = rows(1, 10, 2, 8), rows(1, 13, 2, 8, seed=1), rows(1, 13, 2, 8, seed=2)
+    i, j = torch.arange(10)[:, None] + 3, torch.arange(13)
+    for causal in (False, True):
+        seen = (i // 4 == j // 4) & ((j <= i) | (not causal))
+        expected, _ = exact(q, k, v, seen)
+        torch.testing.assert_close(fa3.flash_attn_func(q, k, v, causal=causal, attention_chunk=4), expected)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, at: Tensor, interleaved: bool) -> Tensor:
+    """By complex multiplication: x [S, H, D], at [S]."""
+    half = cos.shape[1]
+    turn = torch.complex(cos[at], sin[at])[:, None]
+    head, rest = x[..., : 2 * half], x[..., 2 * half :]
+    pairs = head.unflatten(-1, (half, 2)) if interleaved else torch.stack(head.split(half, -1), -1)
+    pairs = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
+    head = pairs.flatten(-2) if interleaved else torch.cat(pairs.unbind(-1), -1)
+    return torch.cat((head, rest), -1)
+
+
+FORMS = ["plain", "paged", "batch_idx", "leftpad", "rotary", "rotary-halves", "window"]
+CACHED = [*((fa2, form) for form in [*FORMS, "alibi"]), *((fa3, form) for form in FORMS)]  # -3 has no ALiBi
+
+
+@pytest.mark.parametrize(("module", "form"), CACHED, ids=lambda x: x if isinstance(x, str) else x.__name__[-3:])
+def test_cache(module: Any, form: str) -> None:
+    batch, sq, capacity, page = 3, 2, 24, 4
+    lengths = torch.tensor([5, 0, 17], dtype=torch.int32)
+    q, new_k, new_v = rows(batch, sq, 4, 8), rows(batch, sq, 2, 8, seed=1), rows(batch, sq, 2, 8, seed=2)
+    slots = 5 if form == "batch_idx" else batch
+    k_cache, v_cache = rows(slots, capacity, 2, 8, seed=3), rows(slots, capacity, 2, 8, seed=4)
+    kwargs: dict[str, Any] = {"causal": True}
+    window, chosen, pad = (-1, -1), list(range(batch)), [0] * batch
+    if form == "window":
+        kwargs["window_size"] = window = (3, -1)
+    if form == "batch_idx":
+        chosen = [4, 0, 2]
+        kwargs["cache_batch_idx"] = torch.tensor(chosen, dtype=torch.int32)
+    if form == "leftpad":
+        pad = [2, 0, 6]
+        kwargs["cache_leftpad"] = torch.tensor(pad, dtype=torch.int32)
+    cos = sin = None
+    if form.startswith("rotary"):
+        angle = rows(capacity + 8, 3, seed=5)
+        cos, sin = kwargs["rotary_cos"], kwargs["rotary_sin"] = angle.cos(), angle.sin()
+        kwargs["rotary_interleaved"] = form == "rotary"
+    if form == "alibi":
+        kwargs["alibi_slopes"] = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    dense_k, dense_v = k_cache.clone(), v_cache.clone()
+    if form == "paged":
+        table = torch.randperm(batch * capacity // page, generator=torch.Generator().manual_seed(0)).reshape(batch, -1)
+        kwargs["block_table" if module is fa2 else "page_table"] = table.to(torch.int32)
+        pools = []
+        for dense in (dense_k, dense_v):
+            pool = torch.empty(table.numel(), page, 2, 8, dtype=torch.float64)
+            pool[table.flatten()] = dense.reshape(-1, page, 2, 8)
+            pools.append(pool)
+        k_cache, v_cache = pools
+    out, lse = module.flash_attn_with_kvcache(
+        q, k_cache, v_cache, new_k, new_v, cache_seqlens=lengths, return_softmax_lse=True, **kwargs
+    )
+    for b in range(batch):
+        n, slot = int(lengths[b]), chosen[b]
+        at = torch.arange(n, n + sq)
+        qb, kb = q[b], new_k[b]
+        if cos is not None:
+            qb, kb = (rotated(x, cos, sin, at, form == "rotary") for x in (qb, kb))
+        dense_k[slot, n : n + sq], dense_v[slot, n : n + sq] = kb, new_v[b]
+        seen = window_mask(sq, n + sq, True, window) & (torch.arange(n + sq) >= pad[b])
+        bias = None
+        if form == "alibi":
+            distance = (at[:, None] - torch.arange(n + sq)).abs()
+            bias = -kwargs["alibi_slopes"].double()[:, None, None] * distance
+        expected, expected_lse = exact(
+            qb[None], dense_k[slot, None, : n + sq], dense_v[slot, None, : n + sq], seen, bias=bias
+        )
+        torch.testing.assert_close(out[b], expected[0], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(lse[b], expected_lse[0], atol=1e-6, rtol=1e-6, check_dtype=False)
+    if form == "paged":
+        k_cache, v_cache = (pool[table.flatten()].reshape(batch, capacity, 2, 8) for pool in (k_cache, v_cache))
+    torch.testing.assert_close(k_cache, dense_k, atol=1e-6, rtol=1e-6)  # written in place, and nowhere else
+    assert torch.equal(v_cache, dense_v)
+
+
+@BOTH
+def test_cache_without_new_keys_and_lengths_is_all_of_it(module: Any) -> None:
+    q, k, v = rows(2, 1, 4, 8), rows(2, 11, 2, 8, seed=1), rows(2, 11, 2, 8, seed=2)
+    expected, _ = exact(q, k, v, torch.ones(1, 11, dtype=torch.bool))
+    torch.testing.assert_close(module.flash_attn_with_kvcache(q, k, v), expected)
+    short, _ = exact(q, k[:, :7], v[:, :7], torch.ones(1, 7, dtype=torch.bool))
+    torch.testing.assert_close(module.flash_attn_with_kvcache(q, k, v, cache_seqlens=7, num_splits=3), short)
+
+
+def test_what_is_lacking_raises() -> None:
+    q, cu = rows(2, 3, 2, 8), torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="qv, q_descale"):
+        fa3.flash_attn_func(q, q, q, qv=q, q_descale=torch.ones(1))
+    with pytest.raises(NotImplementedError, match="attention_chunk"):
+        fa3.flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, 3, 3, attention_chunk=2)
+    with pytest.raises(NotImplementedError, match="block_table"):
+        fa2.flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, 3, 3, block_table=cu)
+    with pytest.raises(ValueError, match="k and v"):
+        fa2.flash_attn_with_kvcache(q, q, q, k=q, cache_seqlens=1)
+    with pytest.raises(ValueError, match="cache_seqlens"):
+        fa2.flash_attn_with_kvcache(q, q, q, k=q, v=q)

@@ -57,7 +57,7 @@ def test_heads_that_copy_are_found() -> None:
 
 def test_text_that_is_asked_for_is_found_at_any_level(tmp_path: Path) -> None:
     """Layer 0 matches tokens by themselves here: the query of a token meets keys made from the same embedding."""
-    model = attached("llama", RECALL, max_position_embeddings=128)
+    model = attached("llama", dataclasses.replace(RECALL, w_max=96), max_position_embeddings=128)
     attention = model.model.layers[0].self_attn
     with torch.no_grad():  # every query head asks for its own token
         wide = attention.k_proj.weight.unflatten(0, (2, 1, -1)).expand(-1, 2, -1, -1).flatten(0, 2)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 HEADS = 4  # query heads that look things up; 4, 8 and 16 found the same
 REPEATED = 96  # random tokens, shown twice to find them
 CHUNK = 2**16  # tokens scored at a time
+MIRROR = 2**26  # bytes of keys that a GPU holds too, taken at once so that its memory does not grow; then the host's
 FILE = "recall.ctx"
 
 
@@ -35,12 +36,23 @@ class RecallIndex:
         heads: (layer, query head) pairs; groups: query heads per KV head.
         scaling: each layer's factor on q.k.
         store: records ``[P, D]``, float16: one key for each of `pairs`.
+        device: where scores are computed.
     """
 
     def __init__(
-        self, heads: list[tuple[int, int]], groups: int, scaling: list[float], rope: Rope, block_size: int, store: Store
+        self,
+        heads: list[tuple[int, int]],
+        groups: int,
+        scaling: list[float],
+        rope: Rope,
+        block_size: int,
+        store: Store,
+        device: torch.device,
     ) -> None:
         self.heads, self.scaling, self.rope, self.block_size, self.store = heads, scaling, rope, block_size, store
+        tokens = 0 if device.type == "cpu" else MIRROR // (2 * store.shape[0] * store.shape[1])
+        self._mirror = torch.empty(tokens // block_size * block_size, *store.shape, dtype=torch.float16, device=device)
+        self._mirror[: len(store)] = store.read(slice(0, min(len(store), len(self._mirror)))).to(device)
         self.pairs = pairs_of(heads, groups)
         self.key_of = [self.pairs.index((layer, head // groups)) for layer, head in heads]
 
@@ -49,8 +61,11 @@ class RecallIndex:
 
     def append(self, payload: Tensor, positions: Tensor) -> None:
         """Keys of new tokens: payloads ``[n, L, 2, Hkv, D]``, and the positions [n] that they are rotated at."""
-        keys = self._bare(payload[:, :, 0], positions)
-        self.store.append(torch.stack([keys[:, layer, head] for layer, head in self.pairs], 1).half().cpu())
+        bare = self._bare(payload[:, :, 0], positions)
+        keys = torch.stack([bare[:, layer, head] for layer, head in self.pairs], 1).half()
+        held = self._mirror[len(self) : len(self) + len(keys)]
+        held.copy_(keys[: len(held)])
+        self.store.append(keys.cpu())
 
     @torch.no_grad()
     def mass(self, queries: Tensor, first: int) -> Tensor:
@@ -74,8 +89,12 @@ class RecallIndex:
         return mass.softmax(-1).amax((0, 1))
 
     def _chunks(self, stop: int) -> Iterator[Tensor]:
-        step = CHUNK // self.block_size * self.block_size
-        return (self.store.read(slice(i, min(i + step, stop))) for i in range(0, stop, step))
+        """The first ``stop`` keys, from the device as far as it has them."""
+        step, held = CHUNK // self.block_size * self.block_size, min(stop, len(self._mirror))
+        for start in range(0, held, step):
+            yield self._mirror[start : min(start + step, held)]
+        for start in range(held, stop, step):
+            yield self.store.read(slice(start, min(start + step, stop)))
 
     def _bare(self, x: Tensor, positions: Tensor) -> Tensor:
         """``[n, L, H, D]`` without its rotation, float32."""

@@ -14,7 +14,7 @@ from hf_flash_mc.patches.attention import KEY
 from .allocator import AllocatorState, FocusAllocator
 from .attach import MegaContext, cache_argument, layer_windows
 from .cache import MegaContextCache
-from .lensnet import LensInput
+from .lensnet import GistMassLens, LensInput
 from .memory import KVMemory
 from .recall import RecallIndex, entry_mass, open_store, pairs_of
 from .telemetry import Telemetry
@@ -103,6 +103,7 @@ class MegaContextSession:
         if recall is not False:
             self._keep_recall(addon.recall_heads() if recall is True else recall)
         self.last_scores: Tensor | None = None
+        self._by_mass = GistMassLens(self.config)
 
     @property
     def device(self) -> torch.device:
@@ -330,7 +331,9 @@ class MegaContextSession:
         groups = text.num_attention_heads // self.config.payload_shape[2]
         heads = [(int(layer), int(head)) for layer, head in heads]
         store = open_store(self.config, self.folder, len(pairs_of(heads, groups)))
-        index = RecallIndex(heads, groups, self.scaling, self.addon.gist.rope, self.config.block_size, store)
+        index = RecallIndex(
+            heads, groups, self.scaling, self.addon.gist.rope, self.config.block_size, store, self.device
+        )
         self.memory.keep_recall(index)
 
     def _forward(self, ids: Tensor, keep: int) -> Tensor:
@@ -374,11 +377,11 @@ class MegaContextSession:
     def make_room(self, need: int, scores: Tensor | None = None) -> int:
         """Collapse until ``need`` tokens fit, or fewer where that is impossible; for how many there is room.
 
-        scores: [N], what to keep; None: the lens's.
+        scores: [N], what to keep; None: the lens's, or by attention mass where the lens reads all of the history.
         """
         wc = self.working_context
         while len(wc) + need > self.config.w_max:
-            scores = self.scores() if scores is None else scores
+            scores = self._worth() if scores is None else scores
             try:
                 with self.stats.time("allocate"):
                     edits, state = self.allocator.make_room(wc, scores, need, self.allocation)
@@ -393,6 +396,13 @@ class MegaContextSession:
             self._logits = logits  # the text is the same: stale by a collapse of what mattered least
             break
         return need
+
+    def _worth(self) -> Tensor:
+        if self.addon.lens.reads != "recall" or not self.cache.observe:
+            return self.scores()
+        wc = self.working_context
+        with self.stats.time("lens"), torch.no_grad():
+            return self._by_mass.score(LensInput.of(wc, self.device, attention_mass=self.attention_mass())).cpu()
 
     def _refocus_once(self, max_edits: int | None = None, keep: int = 0) -> Edits:
         scores = self.scores(keep)

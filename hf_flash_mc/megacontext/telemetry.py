@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from .working_context import Edits, WorkingContext
 
+EDITS = 2**16  # kept
 STAGES = ("forward", "commit", "lens", "allocate", "patch")
 
 
@@ -17,16 +18,16 @@ class Telemetry:
     """Counters of one session.
 
     ``seconds``: host time of each stage; on a GPU work that is only queued counts for the stage that waits for it.
-    ``edits``: (tokens of history, kind, start, lod) of every edit, for pictures.
+    ``edits``: (tokens of history, kind, start, lod) of the last edits, for pictures.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.ingested = self.generated = self.refocuses = self.expansions = self.collapses = self.renumberings = 0
-        self.edits: list[tuple[int, int, int, int]] = []
-        self._swapped: list[float] = []  # share of the working context that each refocus replaced
+        self.edits: deque[tuple[int, int, int, int]] = deque(maxlen=EDITS)
+        self._swapped = 0.0  # shares of the working context that refocuses replaced, added up
         self._since: dict[tuple[int, int], int] = {}  # expanded nodes -> the refocus that expanded them
-        self._stays: list[int] = []  # refocuses that nodes stayed expanded
+        self._stays = self._stayed = 0  # nodes that were collapsed again, and how many refocuses they stayed expanded
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:
@@ -48,21 +49,22 @@ class Telemetry:
                 self.collapses += 1
                 since = self._since.pop((start, lod), None)
                 if since is not None:
-                    self._stays.append(self.refocuses - since)
+                    self._stays += 1
+                    self._stayed += self.refocuses - since
         if refocus:
             self.refocuses += 1
-            self._swapped.append(swapped / max(1, len(wc)))
+            self._swapped += swapped / max(1, len(wc))
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, fit for JSON."""
         values = {**vars(self), "_since": [[*node, at] for node, at in self._since.items()]}
-        return {**values, "seconds": dict(self.seconds)}
+        return {**values, "seconds": dict(self.seconds), "edits": list(self.edits)}
 
     def load_dict(self, values: dict[str, Any]) -> None:
         """The inverse of ``to_dict``."""
         vars(self).update(values)
         self.seconds = defaultdict(float, values["seconds"])
-        self.edits = [tuple(edit) for edit in values["edits"]]
+        self.edits = deque((tuple(edit) for edit in values["edits"]), maxlen=EDITS)  # type: ignore[arg-type]
         self._since = {(start, lod): at for start, lod, at in values["_since"]}
 
     def summary(self, wc: WorkingContext, w_max: int) -> dict[str, Any]:
@@ -71,7 +73,8 @@ class Telemetry:
         swap_rate: mean share of the working context that a refocus replaced; residency: mean number of refocuses that
         a node stayed expanded (those still expanded count as long as they did so far).
         """
-        stays = self._stays + [self.refocuses - since for since in self._since.values()]
+        stays = self._stays + len(self._since)
+        stayed = self._stayed + sum(self.refocuses - since for since in self._since.values())
         found: dict[str, Any] = {
             "history_tokens": wc.total,
             "working_context_slots": len(wc),
@@ -82,8 +85,8 @@ class Telemetry:
             "expansions": self.expansions,
             "collapses": self.collapses,
             "renumberings": self.renumberings,
-            "swap_rate": sum(self._swapped) / len(self._swapped) if self._swapped else 0.0,
-            "residency": sum(stays) / len(stays) if stays else 0.0,
+            "swap_rate": self._swapped / max(1, self.refocuses),
+            "residency": stayed / max(1, stays),
         }
         for lod, count in enumerate(_counts(wc)):
             found[f"slots_lod{lod}"] = count

@@ -27,7 +27,7 @@ def attn_bwd_hopper_rows(o_ptr, do_ptr, q_ptr, lse_ptr, dlse_ptr, sinks_ptr, ran
     DV: tl.constexpr = F.DV
     D: tl.constexpr = F.D
     VALUES: tl.constexpr = ROWS * (4 if F.HAS_RANGES else 2)
-    pid = tl.program_id(0)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # the fused kernel begins with what is written last: it is in L2
     unit = pid % units
     bh = pid // units
     batch = (bh // HQ).to(tl.int64)
@@ -108,6 +108,7 @@ def attn_bwd_hopper_keys_seen(ranges_ptr, plans_ptr, seen_ptr, stride_rp, stride
 @triton.jit(do_not_specialize=["count"])
 def attn_bwd_hopper_round(total_ptr, dq_ptr, count, scale, BLOCK: tl.constexpr):
     """dQ = scale * its float32 sum, in q's dtype. Grid: count / BLOCK."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, for what L2 still holds
+    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(total_ptr + at, mask=at < count) * scale
     tl.store(dq_ptr + at, total.to(dq_ptr.dtype.element_ty), mask=at < count)

@@ -17,7 +17,15 @@ from hf_flash_mc.megacontext.lensnet import LensInput, OracleLens
 from hf_flash_mc.megacontext.working_context import BudgetError, Edits
 
 CONFIG = MegaContextConfig(
-    block_size=4, max_lod=2, w_max=128, sink_tokens=4, recent_tokens=8, refocus_interval=4, max_edits=2, tau=0.0
+    block_size=4,
+    max_lod=2,
+    w_max=128,
+    sink_tokens=4,
+    recent_tokens=8,
+    refocus_interval=4,
+    max_edits=2,
+    tau=0.0,
+    lens={"kind": "gist_mass"},
 )
 FAMILIES = ("llama", "mistral", "qwen3", "phi3", "gemma2", "gemma3", "gpt_oss")
 

@@ -13,9 +13,9 @@ from .spec import Spec, Varlen
 
 _NO_OFFSETS = (0, 0, 0, 0)
 _INF = float("inf")
-# what "auto" chooses for tensors of a device type; a meta tensor's call only has a shape
-# ("auto" again would let ops/auto.py choose below the op)
-_AUTO = {"cpu": "cpu", "cuda": "triton", "xpu": "triton", "meta": "reference"}
+# what "auto" is for tensors of a device type: "auto" again where ops/auto.py chooses call by call, below the op;
+# a meta tensor's call only has a shape
+_AUTO = {"cpu": "cpu", "cuda": "auto", "xpu": "triton", "meta": "reference"}
 _SERVED = {("cpu", "cpu"), ("cuda", "auto"), ("cuda", "hopper"), ("cuda", "triton"), ("xpu", "triton")}
 
 

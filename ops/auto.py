@@ -42,11 +42,10 @@ def _why_not_hopper(plan: Plan, q: Tensor, k: Tensor, v: Tensor, spec: Spec, var
 
 def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None = None) -> tuple[Tensor, Tensor]:
     """out and lse."""
-    if architecture(q.device) == "sm90":
-        plan = plan_of(q, k, v, spec, varlen)
-        if not _why_not_hopper(plan, q, k, v, spec, varlen):
-            return _hopper_forward(q, plan, k, v, spec, varlen)
-    return portable.forward(q, k, v, spec, varlen)
+    plan = plan_of(q, k, v, spec, varlen)
+    if plan.arch == "sm90" and not _why_not_hopper(plan, q, k, v, spec, varlen):
+        return _hopper_forward(q, plan, k, v, spec, varlen)
+    return portable.forward(q, k, v, spec, varlen, None, plan)
 
 
 @_on_device

@@ -56,10 +56,12 @@ def test_fake_outputs_have_strides_and_dtypes_of_real_ones(case: Case) -> None:
             assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device), f"output {i}"
 
 
-def test_auto_chooses_the_triton_kernels_and_says_so() -> None:
-    explanation = explain_attention(*qkv(), causal=True)
-    assert explanation.impl == "triton"
-    assert "portable Triton kernels" in str(explanation)
+def test_auto_chooses_and_says_why() -> None:
+    few, usual = explain_attention(*qkv(s=16), causal=True), explain_attention(*qkv(s=256), causal=True)
+    assert few.impl == "triton"
+    assert "portable Triton kernels" in str(few)
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert (usual.impl, "Hopper kernels" in str(usual)) == (("hopper", True) if hopper else ("triton", False))
 
 
 def replay(function: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -61,10 +61,10 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _planned(
-    q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None
+    q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None, plan: Plan | None
 ) -> tuple[Plan, Tensor, Tensor, Tensor, Spec]:
     """The plan, after copies of what the kernels cannot stride through: only the last dimension must be contiguous."""
-    plan = plan_of(q, k, v, spec, varlen)
+    plan = plan or plan_of(q, k, v, spec, varlen)
     if plan.needs_copies:
         q, k, v = _rows(q), _rows(k), _rows(v)
         ranges, weight, slopes = spec.key_ranges, spec.key_log_weight, spec.alibi_slopes
@@ -97,10 +97,11 @@ def _inputs(
 
 @_on_device
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None = None, configs: Configs | None = None
-) -> tuple[Tensor, Tensor]:
-    """out and lse. ``configs`` overrides the tuning table, by kernel."""
-    plan, q, k, v, spec = _planned(q, k, v, spec, varlen)
+    q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None = None, configs: Configs | None = None,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out and lse. ``configs`` overrides the tuning table, by kernel; ``plan`` is the call's, where it is known."""
+    plan, q, k, v, spec = _planned(q, k, v, spec, varlen, plan)
     if configs is None and (family := shapes.choose(plan, "fwd")):
         return shapes.forward(family, plan, q, k, v, spec)
     config = configs.get("fwd") if configs else None
@@ -123,10 +124,11 @@ def forward(
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: Spec,
     needs: Needs, deterministic: bool, varlen: Varlen | None = None, configs: Configs | None = None,
+    plan: Plan | None = None,
 ) -> Gradients:  # fmt: skip
     """The gradients that ``needs`` names. ``configs`` overrides the tuning table, by kernel; naming "fused" takes
     that form wherever the call need not be deterministic."""
-    plan, q, k, v, spec = _planned(q, k, v, spec, varlen)
+    plan, q, k, v, spec = _planned(q, k, v, spec, varlen, plan)
     dout, out = _rows(dout), _rows(out)
     if configs is None and (family := shapes.choose(plan, "bwd")):
         return shapes.backward(family, plan, dout, dlse, q, k, v, out, lse, spec, needs)

@@ -50,7 +50,7 @@ _FEW_WIDE: dict[str, list[tuple[int, ...]]] = {
     "few_keys_fwd/16": [(128, 32, 16, 4, 1)],
     "few_keys_fwd/32": [(128, 32, 32, 4, 1)],
     "few_keys_bwd/16": [(128, 16, 16, 4, 1)],
-    "few_keys_bwd/32": [(128, 16, 32, 4, 1)],
+    "few_keys_bwd/32": [(64, 16, 32, 8, 1)],
     "few_queries_fwd/16": [(128, 16, 32, 4, 1)],
     "few_queries_fwd/32": [(128, 32, 32, 4, 1)],
     "few_queries_bwd/16": [(128, 16, 32, 4, 1)],

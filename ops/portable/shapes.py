@@ -156,19 +156,15 @@ def backward(
         call = _Call(plan, f"{family}_bwd", config, weight_grad)
         steps = (*strides(out), *strides(dout), *((0, 0, 0) if dlse is None else dlse.stride()))
         found = plan.launches[key] = _plan_backward(family, call, steps, dlse is not None)
-    launch, splits = found
+    launch, splits, sums = found
     dq, dk, dv = new_strided(q, plan.q_layout), new_strided(k, plan.k_layout), new_strided(v, plan.v_layout)
     dw = lse.new_empty((plan.batch, plan.hkv, plan.sk)) if weight_grad else None
     dsinks = None if sinks is None else torch.empty_like(lse)
     results: list[Tensor | None] = [dq, dk, dv, dw]
-    shared = () if splits == 1 else (1, 2, 3) if family == "few_keys" else (0,)
-    parts = [t if t is None or i not in shared else lse.new_empty(splits * t.numel()) for i, t in enumerate(results)]
+    parts = [t if t is None or i not in sums else lse.new_empty(splits * t.numel()) for i, t in enumerate(results)]
     launch([*_inputs(q, k, v, spec), out, dout, lse, dlse, *parts, dsinks])
-    for i in shared:
-        total, part = results[i], parts[i]
-        if total is not None and part is not None:
-            count = total.numel()
-            Launch(sum_splits_kernel, -(-count // SUM_BLOCK), (count, splits), (SUM_BLOCK,))([part, total])
+    for i, add in sums.items():
+        add([parts[i], results[i]])
     return Gradients(
         dq if needs.dq else None,
         dk if needs.dk else None,
@@ -179,14 +175,25 @@ def backward(
     )
 
 
-def _plan_backward(family: str, call: _Call, steps: tuple[int, ...], has_dlse: bool) -> tuple[Launch, int]:
+def _plan_backward(
+    family: str, call: _Call, steps: tuple[int, ...], has_dlse: bool
+) -> tuple[Launch, int, dict[int, Launch]]:
+    """The launch, its splits, and the sums over them of results that every split adds to (dq, dk, dv, dw: 0 to 3)."""
     plan, f, splits = call.plan, call.features, call.splits
     layout: tuple[Any, ...] = (*plan.qs, *plan.ks, *plan.vs, *steps)
     grid = plan.hkv * splits * plan.batch
     if family == "few_keys":
         numbers = (*layout, *call.numbers(plan.batch, call.tiles, splits, call.per_split))
         constants = (has_dlse, call.per_split == 1, call.group, f)
-        return Launch(few_keys_bwd_kernel, grid, numbers, constants, call.config), splits
-    numbers = (*layout, *call.numbers(plan.batch, splits, call.per_split))
-    constants = (has_dlse, call.gaps, call.group, f)
-    return Launch(few_queries_bwd_kernel, grid, numbers, constants, call.config), splits
+        launch = Launch(few_keys_bwd_kernel, grid, numbers, constants, call.config)
+        keys = plan.batch * plan.hkv * plan.sk
+        counts = {1: keys * plan.d, 2: keys * plan.dv} | ({3: keys} if f.WEIGHT_GRAD else {})
+    else:
+        numbers = (*layout, *call.numbers(plan.batch, splits, call.per_split))
+        constants = (has_dlse, call.gaps, call.group, f)
+        launch = Launch(few_queries_bwd_kernel, grid, numbers, constants, call.config)
+        counts = {0: plan.batch * plan.hq * plan.sq * plan.d}
+    if splits == 1:
+        return launch, 1, {}
+    sums = {i: Launch(sum_splits_kernel, -(-n // SUM_BLOCK), (n, splits), (SUM_BLOCK,)) for i, n in counts.items()}
+    return launch, splits, sums

@@ -85,6 +85,8 @@ SCHEDULES = [
     Schedule(EARLY=2, MEET=True, ROTATE=True),
     Schedule(SUBS=2, EARLY=3, MEET=True, V_REGS=True),
     Schedule(SUBS=2, STAGES=3, SETTLE=True),
+    Schedule(SUBS=2, EARLY=0, LATE=True),
+    Schedule(EARLY=0, LATE=True, STAGES=3),
 ]
 LONG = Case(**{**BF16, "Hq": 1}, Sq=330, Sk=130, causal=True)
 
@@ -99,28 +101,28 @@ MUTANTS = {
     "queries released before dK has read them": (
         "            ds16 = ds.to(dtype)\n",
         "            ds16 = ds.to(dtype)\n            bar_arrive(FREE + stage, 288)\n",
-        "        bar_arrive(FREE + stage, 288)\n        tma_store_wait(0)\n",
-        "        tma_store_wait(0)\n",
+        "            bar_arrive(FREE + stage, 288)\n            _add_dq(",
+        "            _add_dq(",
     ),
     "the producer does not wait": ("        if t >= STAGES:\n            bar_sync(FREE + stage, 288)\n", ""),
     "a consumer waits for the wrong phase": (
         "if j == 0:\n                    mbarrier.wait(do_full.index(stage), phase)",
         "if j == 0:\n                    mbarrier.wait(do_full.index(stage), phase ^ 1)",
     ),
-    "warpgroups do not meet": ("            bar_sync(ALL, 256)  # both", "            pass  # both"),
+    "warpgroups do not meet": ("                bar_sync(ALL, 256)  # both", "                pass  # both"),
     "a half taken before it was given": (
-        "            bar_sync(GIVEN + t % 2 * 2 + 1 - CID, 256)\n",
-        "            pass\n",
+        "                bar_sync(GIVEN + t % 2 * 2 + 1 - CID, 256)\n",
+        "                pass\n",
     ),
     "one slot for the logits' gradients": ("ds_slot = t % 2 * SUBS", "ds_slot = 0"),
     "keys overwritten while they are read": ("    bar_sync(ALL, 256)  # nobody", "    pass  # nobody"),
     "dQ overwritten before it was added": (
-        "        tma_store_wait(0)\n        dq_out",
-        "        dq_out",
+        "    tma_store_wait(0)\n    dq_out",
+        "    dq_out",
     ),
     "no fence before dQ is added": (
-        "        dq_out.store(dq)\n        fence_async_shared()\n",
-        "        dq_out.store(dq)\n",
+        "    dq_out.store(dq)\n    fence_async_shared()\n",
+        "    dq_out.store(dq)\n",
     ),
 }
 

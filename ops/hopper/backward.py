@@ -41,6 +41,7 @@ class Schedule(NamedTuple):
     SUBS: int = 1  # sub-tiles of 64 query rows in one step
     STAGES: int = 2  # of q and dout
     EARLY: int = 1  # what of the next step is issued before dQ is written: 1 scores, 2 scores ahead of dQ, 3 and its dP
+    LATE: bool = False  # dQ is computed one step behind, under the exponentials of the next
     MEET: bool = False  # other products may run between giving one's half and taking the other
     SETTLE: bool = False  # a block boundary keeps exp2 behind the issue of dP
     K_REGS: bool = False  # keys as a register operand: less traffic in shared memory
@@ -105,6 +106,32 @@ def _zero_rows(tile, keep, LAYOUT: gl.constexpr):
     """Zeros in the rows of a shared-memory tile that are not kept."""
     x = tile.load(LAYOUT)
     tile.store(gl.where(keep[:, None], x, gl.zeros_like(x)))
+
+
+@gluon.jit
+def _dq_product(ds_s, k_s, slot, z, zero, CID: gl.constexpr, T: gl.constexpr):
+    """This warpgroup's part of dQ / scale, as a product in flight: 64 of 128 rows, or half the head dim of 64 rows."""
+    COLUMNS: gl.constexpr = zero.shape[1]
+    if T.SUBS == 2:
+        return warpgroup_mma(
+            ds_s.index(slot * 2 + CID).permute((1, 0)), k_s.index(z), zero, use_acc=False, is_async=True
+        )
+    else:
+        k_part = k_s.index(z).slice(CID * COLUMNS, COLUMNS, 1)
+        return warpgroup_mma(ds_s.index(slot).permute((1, 0)), k_part, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _add_dq(dq_desc, dq_out, dq, batch, head, m0, CID: gl.constexpr, T: gl.constexpr):
+    """Add a part of dQ to global memory; the copy is on its way when this returns."""
+    COLUMNS: gl.constexpr = dq.shape[1]
+    tma_store_wait(0)
+    dq_out.store(dq)
+    fence_async_shared()
+    if T.SUBS == 2:
+        tma_reduce_add(dq_desc, [batch, head, m0 + CID * SUB, 0], dq_out.reshape((1, 1, SUB, COLUMNS)))
+    else:
+        tma_reduce_add(dq_desc, [batch, head, m0, CID * COLUMNS], dq_out.reshape((1, 1, SUB, COLUMNS)))
 
 
 @gluon.jit
@@ -179,6 +206,8 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
             s_next, dp_next = warpgroup_mma_wait(0, deps=(s_next, dp_next))
         else:
             s_next = warpgroup_mma_wait(0, deps=(s_next,))
+    head_before = head_k * 0
+    m0_before = n0 * 0
     for t in range(count):
         stage = t % STAGES
         phase = (t // STAGES) & 1
@@ -216,12 +245,16 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
                 dp = warpgroup_mma(v_op, do_j.permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 if T.SETTLE:
                     mbarrier.wait(do_full.index(stage), phase)
+            if T.LATE and j == 0:
+                if t > 0:
+                    bar_sync(GIVEN + (t + 1) % 2 * 2 + 1 - CID, 256)
+                dq_t = _dq_product(ds_s, k_s, (t + 1) % 2, z, zero_q, CID, T)
             rows = rows_s.index(stage * SUBS + j)
             lse2 = rows.slice(0, SUB, 0).load(gl.SliceLayout(0, st))
             if T.EARLY and j == 0:
                 s = s_next
             else:
-                s = warpgroup_mma_wait(1, deps=(s_next,))
+                s = warpgroup_mma_wait(2 if j > 0 or T.LATE else 1, deps=(s_next,))
             p, cap_slope, keep = backward_weights(
                 s, lse2[None, :], row[None, :], col[:, None], True, scale, softcap, slope, weight_ptr, 0, 0, weight_ptr,
                 dropout, sq, sk, F, False,
@@ -247,7 +280,7 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
                     k_op, q_s.index(stage * SUBS + j + 1).permute((1, 0)), zero_s, use_acc=False, is_async=True
                 )
             if not (T.EARLY == 3 and j == 0):
-                dp = warpgroup_mma_wait(2 if j + 1 < SUBS else 1, deps=(dp,))
+                dp = warpgroup_mma_wait(1 + (j + 1 < SUBS) + (T.LATE and j == 0), deps=(dp,))
             delta = rows.slice(SUB, SUB, 0).load(gl.SliceLayout(0, st))
             ds = backward_logits(p, dp, delta[None, :], True, keep, keep_scale, F, False)
             if F.WEIGHT_GRAD:
@@ -257,12 +290,16 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
             ds16 = ds.to(dtype)
             dk_t = warpgroup_mma(gl.convert_layout(ds16, as_k), q_j, dk, is_async=True)
             ds_s.index(ds_slot + j).slice(CID * HALF, HALF, 0).store(ds16)
+            if T.LATE and j == 0:
+                dq = warpgroup_mma_wait(3 if j + 1 < SUBS else 2, deps=(dq_t,))
+                if t > 0:
+                    _add_dq(dq_desc, dq_out, dq, batch, head_before, m0_before, CID, T)
             if j + 1 < SUBS:
                 dv = dv_t
                 dk = dk_t
         fence_async_shared()
         after = t + 1
-        if T.MEET:
+        if T.MEET or T.LATE:
             bar_arrive(GIVEN + t % 2 * 2 + CID, 256)
         if T.EARLY >= 2:
             dv = warpgroup_mma_wait(1, deps=(dv_t,))  # frees its operand's registers
@@ -271,52 +308,50 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
             s_next = warpgroup_mma(
                 k_op, q_s.index(after % STAGES * SUBS).permute((1, 0)), zero_s, use_acc=False, is_async=True
             )
-        if T.MEET:
-            bar_sync(GIVEN + t % 2 * 2 + 1 - CID, 256)
+        if T.LATE:
+            head_before = head
+            m0_before = m0
+            dk, dv = warpgroup_mma_wait(0, deps=(dk_t, dv_t))
+            bar_arrive(FREE + stage, 288)
         else:
-            bar_sync(ALL, 256)  # both halves are in shared memory
-        if SUBS == 2:
-            dq_t = warpgroup_mma(
-                ds_s.index(ds_slot + CID).permute((1, 0)), k_s.index(z), zero_q, use_acc=False, is_async=True
-            )
-        else:
-            dq_t = warpgroup_mma(
-                ds_s.index(ds_slot).permute((1, 0)), k_s.index(z).slice(CID * DQ_COLS, DQ_COLS, 1), zero_q,
-                use_acc=False, is_async=True,
-            )  # fmt: skip
-        if T.EARLY == 1:
-            dk, dv = warpgroup_mma_wait(1, deps=(dk_t, dv_t))  # frees their operands' registers
-            if after < count:
-                mbarrier.wait(q_full.index(after % STAGES), (after // STAGES) & 1)
-            s_next = warpgroup_mma(
-                k_op, q_s.index(after % STAGES * SUBS).permute((1, 0)), zero_s, use_acc=False, is_async=True
-            )
-            dq = warpgroup_mma_wait(1, deps=(dq_t,))
-        elif T.EARLY == 2:
-            dk, s_next, dq = warpgroup_mma_wait(0, deps=(dk_t, s_next, dq_t))
-        elif T.EARLY == 3:
-            dk, s_next = warpgroup_mma_wait(1, deps=(dk_t, s_next))
-            if after < count:
-                mbarrier.wait(do_full.index(after % STAGES), (after // STAGES) & 1)
-            dp_next = warpgroup_mma(
-                v_op, do_s.index(after % STAGES * SUBS).permute((1, 0)), zero_s, use_acc=False, is_async=True
-            )
-            dq = warpgroup_mma_wait(1, deps=(dq_t,))
-        else:
-            dq, dk, dv = warpgroup_mma_wait(0, deps=(dq_t, dk_t, dv_t))
-        bar_arrive(FREE + stage, 288)
-        tma_store_wait(0)
-        dq_out.store(dq)
-        fence_async_shared()
-        if SUBS == 2:
-            tma_reduce_add(dq_desc, [batch, head, m0 + CID * SUB, 0], dq_out.reshape((1, 1, SUB, DQ_COLS)))
-        else:
-            tma_reduce_add(dq_desc, [batch, head, m0, CID * DQ_COLS], dq_out.reshape((1, 1, SUB, DQ_COLS)))
-        # ptxas serialises every product of a loop that carries one in flight over its end
-        if T.EARLY == 1:
-            s_next = warpgroup_mma_wait(0, deps=(s_next,))
-        elif T.EARLY == 3:
-            dp_next = warpgroup_mma_wait(0, deps=(dp_next,))
+            if T.MEET:
+                bar_sync(GIVEN + t % 2 * 2 + 1 - CID, 256)
+            else:
+                bar_sync(ALL, 256)  # both halves are in shared memory
+            dq_t = _dq_product(ds_s, k_s, t % 2, z, zero_q, CID, T)
+            if T.EARLY == 1:
+                dk, dv = warpgroup_mma_wait(1, deps=(dk_t, dv_t))  # frees their operands' registers
+                if after < count:
+                    mbarrier.wait(q_full.index(after % STAGES), (after // STAGES) & 1)
+                s_next = warpgroup_mma(
+                    k_op, q_s.index(after % STAGES * SUBS).permute((1, 0)), zero_s, use_acc=False, is_async=True
+                )
+                dq = warpgroup_mma_wait(1, deps=(dq_t,))
+            elif T.EARLY == 2:
+                dk, s_next, dq = warpgroup_mma_wait(0, deps=(dk_t, s_next, dq_t))
+            elif T.EARLY == 3:
+                dk, s_next = warpgroup_mma_wait(1, deps=(dk_t, s_next))
+                if after < count:
+                    mbarrier.wait(do_full.index(after % STAGES), (after // STAGES) & 1)
+                dp_next = warpgroup_mma(
+                    v_op, do_s.index(after % STAGES * SUBS).permute((1, 0)), zero_s, use_acc=False, is_async=True
+                )
+                dq = warpgroup_mma_wait(1, deps=(dq_t,))
+            else:
+                dq, dk, dv = warpgroup_mma_wait(0, deps=(dq_t, dk_t, dv_t))
+            bar_arrive(FREE + stage, 288)
+            _add_dq(dq_desc, dq_out, dq, batch, head, m0, CID, T)
+            # ptxas serialises every product of a loop that carries one in flight over its end
+            if T.EARLY == 1:
+                s_next = warpgroup_mma_wait(0, deps=(s_next,))
+            elif T.EARLY == 3:
+                dp_next = warpgroup_mma_wait(0, deps=(dp_next,))
+    if T.LATE:
+        if count > 0:
+            bar_sync(GIVEN + (count + 1) % 2 * 2 + 1 - CID, 256)
+            dq_t = _dq_product(ds_s, k_s, (count + 1) % 2, 0, zero_q, CID, T)
+            dq = warpgroup_mma_wait(0, deps=(dq_t,))
+            _add_dq(dq_desc, dq_out, dq, batch, head_before, m0_before, CID, T)
     tma_store_wait(0)
     if F.WEIGHT_GRAD:
         gl.store(dw_ptr + col, dw, mask=col < sk)

@@ -54,12 +54,13 @@ def _effects(text: str) -> tuple[frozenset[int], frozenset[int]]:
     body = _GUARD.sub("", text)
     name, _, rest = body.partition(" ")
     operands = [operand.strip() for operand in rest.split(",")]
+    result = 1 if re.fullmatch(r"U?P[T\d]", operands[0]) else 0  # R2UR P0, UR10, R0 says what is equal among lanes
     writes = name.startswith(_WRITES_UNIFORM) or (name.startswith("U") and not name.startswith(_WRITES_NOTHING))
     written: set[int] = set()
     read: set[int] = set()
     for i, operand in enumerate(operands):
         for number in map(int, _UNIFORM.findall(operand)):
-            if i == 0 and writes:
+            if i == result and writes:
                 written.update(range(number, number + (2 if name.startswith(_WIDE) else 1)))
             elif operand.startswith("gdesc["):  # two descriptors, or the upper pair where A is in registers
                 both = operands[1].startswith("gdesc[")

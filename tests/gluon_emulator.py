@@ -317,10 +317,13 @@ class Memory:
 
 
 class Emulator:
-    """``lazy``: matrix products read their operands when waited for, copies take their time. ``seed`` varies timing."""
+    """``lazy``: matrix products read their operands when waited for, copies take their time.
 
-    def __init__(self, lazy: bool = True, seed: int = 0):
-        self.lazy, self.random = lazy, random.Random(seed)
+    ``seed`` varies timing; ``pause`` is the longest of the pauses (in seconds) that widen race windows.
+    """
+
+    def __init__(self, lazy: bool = True, seed: int = 0, pause: float = 2e-3):
+        self.lazy, self.random, self.longest = lazy, random.Random(seed), pause
         self.cta = Cta(self, (0, 0, 0))
         self.grid = (1, 1, 1)
         self._globals: dict[int, dict[str, Any]] = {}
@@ -396,7 +399,7 @@ class Emulator:
     def pause(self) -> None:
         """Widen race windows."""
         if self.lazy and self.random.random() < 0.3:
-            time.sleep(self.random.random() * 2e-3)
+            time.sleep(self.random.random() * self.longest)
 
     def assembly(self, code: str, constraints: str, args: list[Any], **_: Any) -> None:
         found = re.search(r"bar\.(\w+) (\S+), (\d+)", code)

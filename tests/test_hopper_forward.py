@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -10,10 +17,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from gluon_emulator import emulated
+import gluon_emulator
+from gluon_emulator import EmulatedKernel, EmulatorError, emulated
 from helpers import Case, check_bound, exact_attention, make_inputs, naive_attention, poisoned_empty
 
-from hf_flash_mc.ops.hopper import launch
+from hf_flash_mc.ops import auto
+from hf_flash_mc.ops.hopper import forward, launch
 from hf_flash_mc.ops.hopper.plan import HopperConfig
 from hf_flash_mc.ops.portable import plan
 
@@ -22,13 +31,14 @@ TWO, THREE = HopperConfig(2, 64, 2, True), HopperConfig(3, 64, 2, False)
 
 
 def run_forward(case: Case, config: HopperConfig | None = TWO, seed: int = 0) -> None:
+    with emulated(launch, "attn_fwd_hopper_kernel", seed=seed):
+        forward_and_check(case, config)
+
+
+def forward_and_check(case: Case, config: HopperConfig | None) -> None:
     inputs = make_inputs(case)
     plan.forget()
-    with (
-        emulated(launch, "attn_fwd_hopper_kernel", seed=seed),
-        mock.patch.object(launch, "EMULATED", True),
-        poisoned_empty(),
-    ):
+    with mock.patch.object(launch, "EMULATED", True), poisoned_empty():
         out, lse = launch.forward(
             inputs.q, inputs.k, inputs.v, inputs.spec, inputs.varlen, {"fwd": config} if config else None
         )
@@ -88,3 +98,120 @@ def test_the_table_itself() -> None:
     """The tile sizes that users get."""
     run_forward(Case(**{**BF16, "D": 128}, Sq=300, Sk=300, causal=True), None)
     run_forward(dataclasses.replace(CASES[5], Sq=300, Sk=300), None)
+
+
+RELEASE = "bar_arrive(K_FREE + stage, GROUPS * 128 + 32)"
+WAIT = "s = warpgroup_mma_wait(1, deps=(s,))"
+INDENT = "\n            "
+MUTATIONS = {
+    "keys-released-before-their-product-is-done": (f"{WAIT}{INDENT}{RELEASE}", f"{RELEASE}{INDENT}{WAIT}"),
+    "wrong-phase": ("((count + 1) // STAGES) & 1)", "(((count + 1) // STAGES) & 1) ^ 1)"),
+    "values-loaded-over-values-in-use": ("bar_sync(V_FREE + stage, GROUPS * 128 + 32)\n                    mbar", "pass\n                    mbar"),
+    "no-fence": (f"fence_async_shared(){INDENT}tma_store(", "tma_store("),
+    "out-overwritten": ("tma_store_wait(0)  # of the item before, from the same memory", "pass"),
+    "tile-not-masked": ("n0, i < masked, lo", "n0, i < masked - 1, lo"),
+    "values-not-cleaned": ("_clean_values(v, n0, i, plan, seen, removed, q_row0, rules, weight_ptr, F, C)", "pass"),
+    "one-phase-for-all-stages": ("phases = phases ^ (1 << stage)", "phases = phases ^ 1"),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), MUTATIONS.values(), ids=MUTATIONS)
+def test_emulator_notices(old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault that would be a race or a deadlock on the GPU fails here: what the other tests rest on."""
+    source = Path(forward.__file__).read_text()
+    assert source.count(old) == 1
+    path = tmp_path / "mutant.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("hf_flash_mc.ops.hopper.mutant", path)
+    assert spec is not None
+    assert spec.loader is not None
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    monkeypatch.setattr(gluon_emulator, "TIMEOUT", 0.5)
+    case = Case(**{**BF16, "Hq": 4, "Hkv": 2}, Sq=200, Sk=500, causal=True, key_ranges="padded", poison=True)
+    with monkeypatch.context() as patch:
+        for seed in range(8):  # a race shows in most timings, not in all
+            patch.setattr(
+                launch, "attn_fwd_hopper_kernel", EmulatedKernel(mutant.attn_fwd_hopper_kernel, seed=seed, pause=1e-2)
+            )
+            try:
+                forward_and_check(case, TWO)
+            except (AssertionError, EmulatorError):
+                return
+    pytest.fail("the emulator did not notice")
+
+
+VARIANTS = ("128-causal-512", "128-ranges-512")
+# spill stores beyond 0: of the producer warp, which waits most of its time
+SPILLS = {("128-ranges-512", "3.6"): 11, ("128-ranges-512", "3.9"): 11}
+
+
+def test_compiles_within_limits_and_overlaps() -> None:
+    """For sm_90: registers, spills, shared memory; exponentials run between the two waits, under the P V product."""
+    command = [sys.executable, str(Path(__file__).with_name("compile_hopper_forward.py")), *VARIANTS]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert len(found) == len(VARIANTS)
+    for costs in found:
+        assert costs["spills"] <= SPILLS.get((costs["variant"], costs["triton"][:3]), 0), costs
+        assert costs["shared"] <= 232448, costs
+        assert costs["unset"] == 0, costs
+        assert len(costs["loops"]) == 2, costs  # one for each warpgroup
+        for products, between, after in costs["loops"]:
+            assert products == 16, costs
+            assert between >= 64, costs
+            assert after == 0, costs
+        # ours are 4 to 15; a compiler that took one of them would make warps wait for the wrong thing
+        assert {n for n in costs["barriers"] if n >= 4} == {12, 13}, costs
+
+
+REFUSED = [
+    ({"dtype": torch.float32}, "float16 and bfloat16"),
+    ({"D": 264, "Dv": 64}, "up to 256"),
+    ({"mask": "bhqk"}, "mask"),
+    ({"bias": "hqk"}, "bias"),
+    ({"strides": "lastdim"}, "not contiguous"),
+    ({"strides": "expanded", "Hkv": 2}, "stride 0"),
+    ({"D": 20}, "multiples of 16 bytes"),
+]
+
+
+@pytest.mark.parametrize(("change", "word"), REFUSED, ids=str)
+def test_what_it_cannot_take_raises_and_says_why(change: dict[str, Any], word: str) -> None:
+    inputs = make_inputs(Case(**{**BF16, "Sq": 130, "Sk": 130, **change}))
+    with mock.patch.object(launch, "EMULATED", True):
+        reasons = launch.unsupported(inputs.q, inputs.k, inputs.v, inputs.spec)
+        assert any(word in reason for reason in reasons)
+        with pytest.raises(NotImplementedError, match=word):
+            launch.forward(inputs.q, inputs.k, inputs.v, inputs.spec)
+        with mock.patch.object(auto, "architecture", return_value="sm90"):
+            chosen, why = auto.choose(inputs.q, inputs.k, inputs.v, inputs.spec)
+            assert chosen == "triton"
+            assert why[: len(reasons)] == reasons
+    plan.forget()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chosen", "word"),
+    [((130, 130, 64), "hopper", ""), ((8, 500, 64), "triton", "query rows"), ((500, 32, 64), "triton", "keys"),
+     ((130, 130, 32), "triton", "head dims")],
+)  # fmt: skip
+def test_auto_takes_what_is_faster(sizes: tuple[int, int, int], chosen: str, word: str) -> None:
+    sq, sk, d = sizes
+    inputs = make_inputs(Case(**{**BF16, "Sq": sq, "Sk": sk, "D": d}))
+    call = (inputs.q, inputs.k, inputs.v, inputs.spec)
+    plan.forget()
+    with (
+        mock.patch.object(auto, "architecture", return_value="sm90"),
+        mock.patch.object(plan, "architecture", return_value="sm90"),
+        mock.patch.object(launch, "EMULATED", True),
+        emulated(launch, "attn_fwd_hopper_kernel"),
+        mock.patch.object(auto.portable, "forward", return_value="portable"),
+    ):
+        found, reasons = auto.choose(*call)
+        assert found == chosen
+        assert word in "".join(reasons)
+        assert (auto.forward(*call) == "portable") == (chosen == "triton")
+    plan.forget()

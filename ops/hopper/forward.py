@@ -78,6 +78,7 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, barriers, record_s
     t = gl.program_id(0)
     items = t * 0
     count = t * 0
+    values = t * 0
     while t < total:
         coming = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
         batch, head, row_start, q_start, k_start, sq, sk = _item(t, HQ, SQ, SK, max_q, tiles, cu_q_ptr, cu_k_ptr, F)
@@ -103,18 +104,23 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, barriers, record_s
             for g in gl.static_range(GROUPS):
                 tma_load(q_desc, [tma_batch, head, q_start + row_start + g * 64, 0], q_full, q_s.index(g))
             head_k = head // GROUP
-            for i in range(masked + full_tiles):
-                stage = count % STAGES
-                n0 = k_start + tile_start(i, plan, BLOCK_N)
-                if count >= STAGES:
-                    bar_sync(K_FREE + stage, GROUPS * 128 + 32)
-                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                tma_load(k_desc, [tma_batch, head_k, n0, 0], k_full.index(stage), k_s.index(stage))
-                if count >= STAGES:
-                    bar_sync(V_FREE + stage, GROUPS * 128 + 32)
-                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                tma_load(v_desc, [tma_batch, head_k, n0, 0], v_full.index(stage), v_s.index(stage))
-                count += 1
+            for i in range(masked + full_tiles + 1):  # V a tile behind K, as they are used
+                if i < masked + full_tiles:
+                    stage = count % STAGES
+                    n0 = k_start + tile_start(i, plan, BLOCK_N)
+                    if count >= STAGES:
+                        bar_sync(K_FREE + stage, GROUPS * 128 + 32)
+                    mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+                    tma_load(k_desc, [tma_batch, head_k, n0, 0], k_full.index(stage), k_s.index(stage))
+                    count += 1
+                if i > 0:
+                    stage = values % STAGES
+                    n0 = k_start + tile_start(i - 1, plan, BLOCK_N)
+                    if values >= STAGES:
+                        bar_sync(V_FREE + stage, GROUPS * 128 + 32)
+                    mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+                    tma_load(v_desc, [tma_batch, head_k, n0, 0], v_full.index(stage), v_s.index(stage))
+                    values += 1
             items += 1
         t = coming
     for stage in range(gl.minimum(count, STAGES)):  # leave no barrier half full

@@ -106,7 +106,7 @@ INDENT = "\n            "
 MUTATIONS = {
     "keys-released-before-their-product-is-done": (f"{WAIT}{INDENT}{RELEASE}", f"{RELEASE}{INDENT}{WAIT}"),
     "wrong-phase": ("((count + 1) // STAGES) & 1)", "(((count + 1) // STAGES) & 1) ^ 1)"),
-    "values-loaded-over-values-in-use": ("bar_sync(V_FREE + stage, GROUPS * 128 + 32)\n                    mbar", "pass\n                    mbar"),
+    "values-loaded-over-values-in-use": ("if values >= STAGES:", "if values >= 99:"),
     "no-fence": (f"fence_async_shared(){INDENT}tma_store(", "tma_store("),
     "out-overwritten": ("tma_store_wait(0)  # of the item before, from the same memory", "pass"),
     "tile-not-masked": ("n0, i < masked, lo", "n0, i < masked - 1, lo"),

@@ -22,6 +22,7 @@ from .forward import attn_fwd_hopper_kernel
 from .plan import HopperConfig, Launch, tiles, tma_problem, variant
 
 MAX_HEAD_DIM = 256
+LAUNCH_REGISTERS = 160  # for two consumer warpgroups and the producer's, before they trade registers
 EMULATED = False  # tests run the kernels on CPU tensors
 Configs = dict[str, HopperConfig]
 
@@ -89,13 +90,15 @@ def run_forward(
 
 
 def _forward_launch(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, config: HopperConfig | None) -> Launch:
-    f, cut, _ = variant(plan, config)
+    f, cut, config = variant(plan, config)
     count, total = plan.grid(f.BLOCK_M, plan.max_q, plan.hq)
     described = [tiles(q, 64, cut.D), tiles(k, f.BLOCK_N, cut.D), tiles(v, f.BLOCK_N, cut.DV), tiles(out, 64, cut.DV)]
     weight_strides = plan.other_strides[8:]
     numbers = (*plan.ranges_strides, *weight_strides, plan.scale, plan.softcap, plan.keep_scale, plan.hq,
                plan.hq // plan.hkv, plan.sq, plan.sk, plan.max_q, count, total, *plan.tail)  # fmt: skip
-    return Launch(attn_fwd_hopper_kernel, min(total, multiprocessors(q.device)), described, numbers, (f, cut))
+    grid = min(total, multiprocessors(q.device) * config.programs)
+    registers = None if config.programs == 1 else LAUNCH_REGISTERS // config.programs
+    return Launch(attn_fwd_hopper_kernel, grid, described, numbers, (f, cut), registers)
 
 
 @functools.cache

@@ -28,6 +28,7 @@ class HopperConfig(NamedTuple):
     turns: bool
     split: bool = True
     registers: int = 240
+    programs: int = 1  # on one multiprocessor
 
 
 # By padded head dim. Three warpgroups share a tile of keys between 192 rows, where walks are long and 192 divides well.
@@ -114,11 +115,15 @@ class Launch:
     Later ones hand plain addresses to the compiled kernel: 25 us of host time in place of 90.
     """
 
-    __slots__ = ("constants", "grid", "kernel", "numbers", "runner", "tiles")
+    __slots__ = ("constants", "grid", "kernel", "numbers", "options", "runner", "tiles")
 
-    def __init__(self, kernel: Any, grid: int, tiles: list[Tiles], numbers: tuple, constants: tuple):
+    def __init__(
+        self, kernel: Any, grid: int, tiles: list[Tiles], numbers: tuple, constants: tuple, registers: int | None = None
+    ):
         self.kernel, self.grid, self.tiles = kernel, (grid, 1, 1), tiles
         self.numbers, self.constants = numbers, constants
+        # a thread's registers at the start, where more than one program shares a multiprocessor
+        self.options = {} if registers is None else {"maxnreg": registers}
         self.runner: Callable[[list[Tensor], list[int]], None] | None = None
 
     def __call__(self, bases: list[Tensor], tensors: list[Tensor | None]) -> None:
@@ -132,7 +137,7 @@ class Launch:
                 return
         args = [bases[0] if t is None else t for t in tensors]  # stands in for what is absent and never read
         described = [t.of(x) for t, x in zip(self.tiles, bases, strict=True)]
-        compiled = self.kernel[self.grid](*described, *args, *self.numbers, *self.constants, num_warps=4)
+        compiled = self.kernel[self.grid](*described, *args, *self.numbers, *self.constants, num_warps=4, **self.options)
         if compiled is not None and all(t.data_ptr() & 15 == 0 for t in args):
             self.runner = _runner(compiled, self)
 

@@ -123,7 +123,7 @@ class Launch:
         self.kernel, self.grid, self.tiles = kernel, (grid, 1, 1), tiles
         self.numbers, self.constants = numbers, constants
         # a thread's registers at the start, where more than one program shares a multiprocessor
-        self.options = {} if registers is None else {"maxnreg": registers}
+        self.options = {"num_warps": 4} if registers is None else {"num_warps": 4, "maxnreg": registers}
         self.runner: Callable[[list[Tensor], list[int]], None] | None = None
 
     def __call__(self, bases: list[Tensor], tensors: list[Tensor | None]) -> None:
@@ -137,7 +137,7 @@ class Launch:
                 return
         args = [bases[0] if t is None else t for t in tensors]  # stands in for what is absent and never read
         described = [t.of(x) for t, x in zip(self.tiles, bases, strict=True)]
-        compiled = self.kernel[self.grid](*described, *args, *self.numbers, *self.constants, num_warps=4, **self.options)
+        compiled = self.kernel[self.grid](*described, *args, *self.numbers, *self.constants, **self.options)
         if compiled is not None and all(t.data_ptr() & 15 == 0 for t in args):
             self.runner = _runner(compiled, self)
 

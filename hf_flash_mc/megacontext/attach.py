@@ -43,6 +43,7 @@ class MegaContext(nn.Module, ModelHubMixin):
         self.config = config
         self.gist = build_gist(config, rope)
         self.lens = build_lens(config)
+        self.rope: Any = rope
         self._hold: tuple[Any, ...] = ()  # a tuple, so that the base model is not a submodule of its own submodule
         self._patched_here, self.enabled = False, True
         self._recall_heads: list[tuple[int, int]] | None = None

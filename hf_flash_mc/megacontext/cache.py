@@ -127,12 +127,13 @@ class MegaContextCache(Cache):
     def device(self) -> torch.device:
         return self.kv.device
 
-    def open(self, count: int, first_token: int) -> np.ndarray:
-        """Reserve columns for the next ``count`` tokens, the first being number ``first_token`` of the history.
+    def open(self, tokens: np.ndarray) -> np.ndarray:
+        """Reserve columns for slots that follow all others and stand for ``tokens`` int64 [count].
 
-        One token goes into a free column; several need ``count`` columns at the end (call `compact` before, where
+        One goes into a free column; several need ``count`` columns at the end (call `compact` before, where
         `needs_compaction`). The slots, int64 [count].
         """
+        count = len(tokens)
         if count == 1 and self._holes:
             first = self._holes.pop()
         else:
@@ -145,8 +146,8 @@ class MegaContextCache(Cache):
         self.columns = (first, first + count)
         self.live[first : first + count] = True
         self.log_weight[:, :, first : first + count] = 0.0
-        self.token[first : first + count] = torch.arange(first_token, first_token + count, device=self.device)
-        self.tokens_seen, self.reached = first_token + count, 0
+        self.token[first : first + count] = torch.from_numpy(np.array(tokens, np.int64)).to(self.device)
+        self.tokens_seen, self.reached = int(tokens[-1]) + 1, 0
         self.plain = not self._holes and not self.gist[: self.end].any()
         self._masks.clear()
         return np.arange(first, first + count)

@@ -17,7 +17,6 @@ from .allocator import AllocatorState
 from .attach import MegaContext, attach_megacontext, base_name, detach_megacontext
 from .config import MegaContextConfig
 from .store import StoreError
-from .tree import MegaContextTree
 from .working_context import InvariantError, WorkingContext
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG = "megacontext_model.safetensors", "megacontext_config.json"
 STATE, SUMMARY = "session.safetensors", "session.json"
 FORMAT = 1
-COPIED = 4096  # tokens of a history copied at a time
 
 
 def save_addon(addon: MegaContext, folder: str | Path) -> None:
@@ -104,13 +102,15 @@ def save_session(session: MegaContextSession, folder: str | Path) -> None:
     if own:
         memory.flush(durable=True)
     else:
-        _copy_history(session, folder)
-    tail = memory.slots[len(wc) - len(session._tail) :]
+        for files in memory.copy_history(folder):
+            files.flush(True)
+            files.close()
+    tail = memory.slots[len(wc) - len(memory.tail) :]
     state = {
         "start": torch.from_numpy(wc.start.copy()),
         "lod": torch.from_numpy(wc.lod.copy()),
         "position": torch.from_numpy(memory.numbering.position.copy()),
-        "tail_ids": session._tail,
+        "tail_ids": memory.tail,
         "tail_payload": cache.read(tail).cpu(),
         "queries": cache.last_queries().cpu(),
         "generator": session.generator.get_state(),
@@ -133,25 +133,6 @@ def save_session(session: MegaContextSession, folder: str | Path) -> None:
     }
     _write_tensors(folder / STATE, state)
     _write_json(folder / SUMMARY, summary)
-
-
-def _copy_history(session: MegaContextSession, folder: Path) -> None:
-    from .memory import open_places
-
-    source, memory = session.tree, session.memory
-
-    def pool(children: Tensor, *, lod: int, first: int) -> Tensor:
-        return source.payload(lod, slice(first, first + len(children)))
-
-    tree = MegaContextTree(session.config, folder=folder, pool=pool, payload_dtype=memory.dtype)
-    places = open_places(session.config, folder)
-    for first in range(0, memory.committed, COPIED):
-        part = slice(first, min(first + COPIED, memory.committed))
-        places.append(memory.places.read(part))
-        tree.append(source.tokens(part.start, part.stop), source.payload(0, part))
-    for files in (places, tree):
-        files.flush(True)
-        files.close()
 
 
 def load_session(addon: MegaContext, folder: str | Path) -> MegaContextSession:
@@ -199,11 +180,11 @@ def _restore(session: MegaContextSession, state: dict[str, Tensor], summary: dic
     session.working_context = wc
     memory.numbering.position = state["position"].numpy().astype(np.int64)
     memory.numbering.next = summary["next_position"]
+    memory.tail = state["tail_ids"]
     memory.restore(wc, state["tail_payload"])
     cache.tokens_seen = wc.total
     cache.set_queries(state["queries"])
     session.generator.set_state(state["generator"])
-    session._tail = state["tail_ids"]
     session._logits = state["logits"].to(session.device) if "logits" in state else None
     session.allocation = AllocatorState.from_dict(summary["allocation"])
     session._since_refocus = summary["since_refocus"]

@@ -1,4 +1,4 @@
-"""KVMemory: where the keys and values of a history live: all of them in the tree, those attended to in the cache."""
+"""Where a history lives: all of it in the tree, what is attended to in the cache."""
 
 from __future__ import annotations
 
@@ -22,15 +22,68 @@ from .working_context import Change, WorkingContext
 PLACES = "positions.ctx"  # the file of the positions at which tokens' keys are rotated
 
 
-class KVMemory:
+class Memory:
+    """What both back ends share: a tree, a cache, and which column holds which slot.
+
+    Attributes:
+        slots: int64 [N], the cache's column of each slot of the working context. numbering: their positions.
+        tail: ids of the tokens that are not in the tree yet, int64 [n].
+    """
+
+    tree: MegaContextTree
+
+    def __init__(self, config: MegaContextConfig, cache: MegaContextCache) -> None:
+        self.config, self.cache, self.dtype = config, cache, cache.kv.dtype
+        self.numbering = Numbering(config)
+        self.slots = np.empty(0, np.int64)
+        self.tail = torch.empty(0, dtype=torch.int64)
+        self.recall: RecallIndex | None = None
+
+    @property
+    def committed(self) -> int:
+        """Tokens that are in the tree."""
+        return len(self.tree)
+
+    def commit(self, upto: int, token_ids: Tensor, wc: WorkingContext) -> None:
+        """Put the tokens before number ``upto`` into the tree; token_ids: those from ``committed`` on, int64 [n]."""
+        raise NotImplementedError
+
+    def apply(self, before: WorkingContext, after: WorkingContext, change: Change) -> int:
+        """Bring the cache from one working context to the next; how many slots were written."""
+        raise NotImplementedError
+
+    def renumber(self, wc: WorkingContext, count: int) -> None:
+        """Bring all slots into the model's range again, with room for ``count`` tokens."""
+        raise NotImplementedError
+
+    def restore(self, wc: WorkingContext, tail: Tensor) -> None:
+        """Fill an empty cache for a working context; ``tail`` [n, L, 2, Hkv, D]: of the tokens outside the tree."""
+        raise NotImplementedError
+
+    def copy_history(self, folder: Path) -> list[Any]:
+        """The whole history once more, in files under ``folder``, still open."""
+        raise NotImplementedError
+
+    def truncate(self, total: int) -> None:
+        """Forget the tree's tokens from number ``total`` on."""
+        if total > self.committed:
+            raise StoreError(f"the tree holds {self.committed} tokens, expected at least {total}; restore its files")
+        self.tree.truncate(total)
+
+    def flush(self, durable: bool = False) -> None:
+        """Hand the tree's files to the operating system, and with ``durable`` to the disk."""
+        self.tree.flush(durable)
+
+    def close(self) -> None:
+        self.tree.close()
+
+
+class KVMemory(Memory):
     """A working context's keys and values in a `MegaContextCache`, and the tree they come from and go to.
 
     Tokens enter the tree late (`commit`): the last ones can still be taken back. The tree keeps a token's key as it was
     rotated, and the position it was rotated at; a token that comes back to that position comes back bit for bit, to
     another one it is turned by the difference, once, in float32. Gists are kept without rotation.
-
-    Attributes:
-        slots: int64 [N], the cache's column of each slot of the working context. numbering: their positions.
     """
 
     def __init__(
@@ -43,8 +96,8 @@ class KVMemory:
         *,
         durable: bool = False,
     ) -> None:
-        self.config, self.cache, self.gist, self.rope = config, cache, gist, rope
-        self.dtype = cache.kv.dtype
+        super().__init__(config, cache)
+        self.gist, self.rope = gist, rope
         self.tree = MegaContextTree(config, folder=folder, pool=self._pool, payload_dtype=self.dtype, durable=durable)
         try:
             self.places = open_places(config, folder)
@@ -52,17 +105,10 @@ class KVMemory:
             self.tree.close()
             raise
         if len(self.places) < len(self.tree):
-            self.close()
+            self.places.close()
+            self.tree.close()
             raise StoreError(f"{PLACES}: expected {len(self.tree)} positions, got {len(self.places)}; restore the file")
         self.places.truncate(len(self.tree))  # killed between the two
-        self.numbering = Numbering(config)
-        self.slots = np.empty(0, np.int64)
-        self.recall: RecallIndex | None = None
-
-    @property
-    def committed(self) -> int:
-        """Tokens that are in the tree."""
-        return len(self.tree)
 
     def commit(self, upto: int, token_ids: Tensor, wc: WorkingContext) -> None:
         """Put the tokens before number ``upto`` into the tree; token_ids: those from ``committed`` on, int64 [n]."""
@@ -208,11 +254,24 @@ class KVMemory:
         if count:
             self.cache.write(self.slots[split:], tail.to(self.cache.device), wc.start[split:])
 
+    def copy_history(self, folder: Path) -> list[Any]:
+        """The tree and the positions once more, in files under ``folder``."""
+        source = self.tree
+
+        def pool(children: Tensor, *, lod: int, first: int) -> Tensor:
+            return source.payload(lod, slice(first, first + len(children)))
+
+        tree = MegaContextTree(self.config, folder=folder, pool=pool, payload_dtype=self.dtype)
+        places = open_places(self.config, folder)
+        for first in range(0, self.committed, 4096):
+            part = slice(first, min(first + 4096, self.committed))
+            places.append(self.places.read(part))
+            tree.append(source.tokens(part.start, part.stop), source.payload(0, part))
+        return [places, tree]
+
     def truncate(self, total: int) -> None:
         """Forget the tree's tokens from number ``total`` on."""
-        if total > self.committed:
-            raise StoreError(f"the tree holds {self.committed} tokens, expected at least {total}; restore its files")
-        self.tree.truncate(total)
+        super().truncate(total)
         self.places.truncate(total)
         if self.recall is not None:
             self.recall.store.truncate(total)
@@ -222,11 +281,11 @@ class KVMemory:
         self.places.flush(durable)
         if self.recall is not None:
             self.recall.store.flush(durable)
-        self.tree.flush(durable)
+        super().flush(durable)
 
     def close(self) -> None:
         self.places.close()
-        self.tree.close()
+        super().close()
         if self.recall is not None:
             self.recall.store.close()
 

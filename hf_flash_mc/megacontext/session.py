@@ -14,8 +14,9 @@ from hf_flash_mc.patches.attention import KEY
 from .allocator import AllocatorState, FocusAllocator
 from .attach import MegaContext, cache_argument, layer_windows
 from .cache import MegaContextCache
+from .embedding import EmbeddingMemory
 from .lensnet import GistMassLens, LensInput
-from .memory import KVMemory
+from .memory import KVMemory, Memory
 from .recall import RecallIndex, entry_mass, open_store, pairs_of
 from .telemetry import Telemetry
 from .working_context import BudgetError, Change, Edits, WorkingContext
@@ -53,10 +54,6 @@ class MegaContextSession:
         resume: int | None = None,
         recall: bool | list[tuple[int, int]] | None = None,
     ) -> None:
-        if addon.config.backend != "kv":
-            raise NotImplementedError(
-                'backend="embedding": sessions run on the "kv" back end only; use MegaContextConfig(backend="kv")'
-            )
         if not isinstance(chunk_size, int) or chunk_size < 1:
             raise ValueError(f"chunk_size: expected an int of at least 1, got {chunk_size!r}")
         if not isinstance(observe, int) or observe < 0:
@@ -65,18 +62,18 @@ class MegaContextSession:
         self.chunk_size = chunk_size
         self.folder = None if folder is None else Path(folder)
         text = self.model.config.get_text_config(decoder=True)
+        self.head_dim = self.config.head_dim or 0  # known since the add-on was attached
         self.cache = MegaContextCache(
             self.config.w_max,
             text.num_attention_heads,
-            self.config.payload_shape[2],
-            self.config.payload_shape[3],
+            self.config.num_kv_heads or 0,
+            self.head_dim,
             layer_windows(self.model),
             dtype=self.model.dtype,
             device=self.device,
             observe=observe,
         )
-        rope = addon.gist.rope
-        self.memory = KVMemory(self.config, self.cache, addon.gist, rope, self.folder, durable=durable)
+        self.memory = self._make_memory(durable)
         held = self.memory.committed
         try:
             if resume is not None:
@@ -93,15 +90,14 @@ class MegaContextSession:
         self.allocator, self.allocation = FocusAllocator(self.config), AllocatorState.initial()
         self.stats = Telemetry()
         self.generator = torch.Generator().manual_seed(seed)
-        self._tail = torch.empty(0, dtype=torch.int64)  # token ids that are not in the tree
         self._logits: Tensor | None = None  # [V], what follows the history; None after it changed
         self._since_refocus = 0
         self._cache_argument = cache_argument(self.model)
-        self.scaling, self._softcap = _attention_scales(self.model, self.config.payload_shape[3])
+        self.scaling, self._softcap = _attention_scales(self.model, self.head_dim)
         if recall is None:
             recall = addon.lens.reads == "recall"
         if recall is not False:
-            self._keep_recall(addon.recall_heads() if recall is True else recall)
+            self._keep_recall(None if recall is True else recall)
         self.last_scores: Tensor | None = None
         self._by_mass = GistMassLens(self.config)
 
@@ -122,7 +118,7 @@ class MegaContextSession:
         start, stop, _ = slice(start, stop).indices(len(self))
         split = self.memory.committed
         early = self.tree.tokens(min(start, split), min(stop, split))
-        return torch.cat((early, self._tail[max(start - split, 0) : max(stop - split, 0)]))
+        return torch.cat((early, self.memory.tail[max(start - split, 0) : max(stop - split, 0)]))
 
     @torch.no_grad()
     def ingest(
@@ -326,53 +322,84 @@ class MegaContextSession:
         if not np.array_equal(self.cache.gist[slots], wc.lod > 0):
             raise RuntimeError("cache: gists stand where tokens should, or the other way round")
 
-    def _keep_recall(self, heads: list[tuple[int, int]]) -> None:
+    def _keep_recall(self, heads: list[tuple[int, int]] | None) -> None:
+        if self.config.backend != "kv":
+            raise NotImplementedError(
+                'lens={"kind": "recall"}: the embedding back end keeps no keys to search; use the "kv" back end, or a '
+                'lens such as "gist_mass"'
+            )
+        heads = self.addon.recall_heads() if heads is None else heads
         text = self.model.config.get_text_config(decoder=True)
-        groups = text.num_attention_heads // self.config.payload_shape[2]
+        groups = text.num_attention_heads // self.config.num_kv_heads
         heads = [(int(layer), int(head)) for layer, head in heads]
         store = open_store(self.config, self.folder, len(pairs_of(heads, groups)))
-        index = RecallIndex(
-            heads, groups, self.scaling, self.addon.gist.rope, self.config.block_size, store, self.device
-        )
+        index = RecallIndex(heads, groups, self.scaling, self.addon.rope, self.config.block_size, store, self.device)
+        assert isinstance(self.memory, KVMemory)
         self.memory.keep_recall(index)
 
     def _forward(self, ids: Tensor, keep: int) -> Tensor:
         """Run new tokens [n] on the CPU over the working context; logits of the last ``keep``, [keep, V]."""
+        count, memory = len(ids), self.memory
+        if not memory.numbering.fits(count):
+            memory.renumber(self.working_context, count)
+            self.stats.renumberings += 1
+        if self.cache.needs_compaction(count):
+            memory.slots = self.cache.compact()[memory.slots]
+        positions = np.arange(memory.numbering.next, memory.numbering.next + count)
+        tokens = np.arange(len(self), len(self) + count)
+        slots, logits = self._run({"input_ids": ids[None].to(self.device)}, positions, tokens, max(keep, 1))
+        self.working_context.append(count)
+        memory.numbering.append(count)
+        memory.slots = np.concatenate((memory.slots, slots))
+        memory.tail = torch.cat((memory.tail, ids))
+        self._logits = logits[-1] if keep else None
+        return logits[len(logits) - keep :]
+
+    def _run(
+        self, inputs: dict[str, Tensor], positions: np.ndarray, tokens: np.ndarray, keep: int
+    ) -> tuple[np.ndarray, Tensor]:
+        """Run new slots, which stand for ``tokens`` [n], at ``positions`` [n]; their columns, and logits [keep, V]."""
         if not self.addon.enabled or self.model.config._attn_implementation != KEY:
             raise RuntimeError(
                 "the model does not run mc_attention now (inside disable(), or unpatched): gists would be ignored"
             )
-        count, memory, cache = len(ids), self.memory, self.cache
-        if not memory.numbering.fits(count):
-            memory.renumber(self.working_context, count)
-            self.stats.renumberings += 1
-        if cache.needs_compaction(count):
-            memory.slots = cache.compact()[memory.slots]
-        slots = cache.open(count, len(self))
-        first = memory.numbering.next
-        device = self.device
+        count, cache, device = len(tokens), self.cache, self.device
+        slots = cache.open(tokens)
         try:
-            with self.stats.time("forward"):
+            with self.stats.time("forward"), torch.no_grad():
                 out = self.model(
-                    input_ids=ids[None].to(device),
-                    position_ids=torch.arange(first, first + count, device=device)[None],
+                    **inputs,
+                    position_ids=torch.from_numpy(positions)[None].to(device),
                     # four dimensions: passed on as it is; the cache says what is seen (cache.py)
                     attention_mask=torch.zeros(1, 1, count, 2, dtype=torch.int32, device=device),
                     use_cache=True,
-                    logits_to_keep=max(keep, 1),
+                    logits_to_keep=keep,
                     **{self._cache_argument: cache},
                 )
             cache.close(count)
         except BaseException:
             cache.release(slots)
             raise
-        self.working_context.append(count)
-        memory.numbering.append(count)
-        memory.slots = np.concatenate((memory.slots, slots))
-        self._tail = torch.cat((self._tail, ids))
-        logits = out.logits[0, out.logits.shape[1] - keep :]
-        self._logits = logits[-1] if keep else None
-        return logits
+        return slots, out.logits[0, out.logits.shape[1] - keep :]
+
+    def _make_memory(self, durable: bool) -> Memory:
+        gist, embed = self.addon.gist, self.model.get_input_embeddings()
+        if self.config.backend == "kv":
+            return KVMemory(self.config, self.cache, gist, self.addon.rope, self.folder, durable=durable)
+
+        def run(embeddings: Tensor, positions: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+            return self._run({"inputs_embeds": embeddings[None]}, positions, tokens, 1)[0]
+
+        return EmbeddingMemory(
+            self.config,
+            self.cache,
+            gist,
+            self.folder,
+            embed=lambda ids: embed(ids.to(self.device)).detach(),
+            run=run,
+            chunk_size=self.chunk_size,
+            durable=durable,
+        )
 
     def make_room(self, need: int, scores: Tensor | None = None) -> int:
         """Collapse until ``need`` tokens fit, or fewer where that is impossible; for how many there is room.
@@ -420,22 +447,22 @@ class MegaContextSession:
         count = min(upto, len(self)) - self.memory.committed
         if count > 0:
             with self.stats.time("commit"):
-                self.memory.commit(self.memory.committed + count, self._tail, self.working_context)
-            self._tail = self._tail[count:]
+                self.memory.commit(self.memory.committed + count, self.memory.tail, self.working_context)
+            self.memory.tail = self.memory.tail[count:]
 
     def _take_back(self, count: int) -> Tensor:
         """Remove the last ``count`` tokens; their ids."""
-        if not 1 <= count <= len(self._tail):
+        if not 1 <= count <= len(self.memory.tail):
             raise ValueError(
-                f"count: expected 1 to {len(self._tail)} (the last tokens, which are not in the tree yet), got {count}"
+                f"count: expected 1 to {len(self.memory.tail)} (the last tokens, not in the tree yet), got {count}"
             )
-        ids = self._tail[-count:].clone()
+        ids = self.memory.tail[-count:].clone()
         self.cache.release(self.memory.slots[-count:])
         self.cache.forget_queries(count)
         self.memory.slots = self.memory.slots[:-count]
         self.memory.numbering.drop(count)
         self.working_context.drop(count)
-        self._tail = self._tail[:-count]
+        self.memory.tail = self.memory.tail[:-count]
         return ids
 
     def _checked_ids(self, input_ids: Any) -> Tensor:

@@ -64,7 +64,7 @@ class Telemetry:
         """The inverse of ``to_dict``."""
         vars(self).update(values)
         self.seconds = defaultdict(float, values["seconds"])
-        self.edits = deque((tuple(edit) for edit in values["edits"]), maxlen=EDITS)  # type: ignore[arg-type]
+        self.edits = deque((tuple(edit) for edit in values["edits"]), maxlen=EDITS)
         self._since = {(start, lod): at for start, lod, at in values["_since"]}
 
     def summary(self, wc: WorkingContext, w_max: int) -> dict[str, Any]:

@@ -85,7 +85,7 @@ SCHEDULES = [
     Schedule(EARLY=2, MEET=True, ROTATE=True),
     Schedule(SUBS=2, EARLY=3, MEET=True, V_REGS=True),
     Schedule(SUBS=2, STAGES=3, SETTLE=True),
-    Schedule(SUBS=2, EARLY=0, LATE=True),
+    Schedule(SUBS=2, EARLY=0, LATE=True, SPLIT=True),
     Schedule(EARLY=0, LATE=True, STAGES=3),
 ]
 LONG = Case(**{**BF16, "Hq": 1}, Sq=330, Sk=130, causal=True)

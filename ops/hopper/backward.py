@@ -47,6 +47,7 @@ class Schedule(NamedTuple):
     K_REGS: bool = False  # keys as a register operand: less traffic in shared memory
     V_REGS: bool = False
     ROTATE: bool = False  # key tiles of one head begin at different queries
+    SPLIT: bool | None = None  # programs share a key tile and add dK, dV into float32; None: as the grid asks
     REGS: int = 240
 
 
@@ -55,7 +56,7 @@ def _producer(descs, rows_ptr, dirty_ptr, smem, bars, where, F: gl.constexpr, T:
     q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc = descs
     q_s, k_s, v_s, do_s, rows_s = smem
     kv_full, q_full, do_full = bars
-    batch, head_k, n0, group, first, tiles, count, shift, units, unit0 = where
+    batch, head_k, n0, group, first, tiles, begin, count, shift, units, unit0 = where
     STAGES: gl.constexpr = T.STAGES
     SUBS: gl.constexpr = T.SUBS
     D: gl.constexpr = F.D
@@ -69,8 +70,8 @@ def _producer(descs, rows_ptr, dirty_ptr, smem, bars, where, F: gl.constexpr, T:
     tma_load(v_desc, [batch, head_k, n0, 0], kv_full, v_s.index(0).reshape((1, 1, ROWS, DV)))
     for t in range(count):
         stage = t % STAGES
-        head = head_k * group + t // tiles
-        m0 = (first + (t + shift) % tiles) * BLOCK_M
+        head = head_k * group + (begin + t) // tiles
+        m0 = (first + (begin + t + shift) % tiles) * BLOCK_M
         unit = unit0 + head * units + m0 // SUB
         rows = gl.load(rows_ptr + unit * WIDTH + lane)
         if SUBS == 2:
@@ -138,11 +139,28 @@ def _add_dq(dq_desc, dq_out, dq, batch, head, m0, CID: gl.constexpr, T: gl.const
 def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F: gl.constexpr,
               T: gl.constexpr):  # fmt: skip
     dq_desc, dk_desc, dv_desc = descs
-    seen_ptr, weight_ptr, slopes_ptr, seed_ptr, dw_ptr = pointers
+    seen_ptr, weight_ptr, slopes_ptr, seed_ptr, dw_ptr, dk_ptr, dv_ptr = pointers
     q_s, k_s, v_s, do_s, ds_s, dq_s, rows_s = smem
     kv_full, q_full, do_full = bars
-    batch, head_k, n0, group, first, tiles, count, shift, full_lo, full_hi = where
-    scale, softcap, keep_scale, sq, sk, window_left, window_right, threshold, off_b, off_h, off_m, off_n = numbers
+    batch, head_k, n0, group, first, tiles, begin, count, shift, full_lo, full_hi = where
+    (
+        scale,
+        softcap,
+        keep_scale,
+        sq,
+        sk,
+        window_left,
+        window_right,
+        threshold,
+        off_b,
+        off_h,
+        off_m,
+        off_n,
+        dk_stride,
+        dv_stride,
+        d,
+        d_v,
+    ) = numbers
     STAGES: gl.constexpr = T.STAGES
     SUBS: gl.constexpr = T.SUBS
     D: gl.constexpr = F.D
@@ -211,8 +229,8 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
     for t in range(count):
         stage = t % STAGES
         phase = (t // STAGES) & 1
-        head = head_k * group + t // tiles
-        m0 = (first + (t + shift) % tiles) * BLOCK_M
+        head = head_k * group + (begin + t) // tiles
+        m0 = (first + (begin + t + shift) % tiles) * BLOCK_M
         z = t >> 30  # 0, but the compiler cannot know: it would keep dozens of shared-memory descriptors in registers
         if T.K_REGS:
             k_op = k_regs
@@ -346,7 +364,7 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
                 s_next = warpgroup_mma_wait(0, deps=(s_next,))
             elif T.EARLY == 3:
                 dp_next = warpgroup_mma_wait(0, deps=(dp_next,))
-    if T.LATE:
+    if T.LATE:  # noqa: SIM102 (a branch at run time inside one at compile time)
         if count > 0:
             bar_sync(GIVEN + (count + 1) % 2 * 2 + 1 - CID, 256)
             dq_t = _dq_product(ds_s, k_s, (count + 1) % 2, 0, zero_q, CID, T)
@@ -354,17 +372,33 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
             _add_dq(dq_desc, dq_out, dq, batch, head_before, m0_before, CID, T)
     tma_store_wait(0)
     if F.WEIGHT_GRAD:
-        gl.store(dw_ptr + col, dw, mask=col < sk)
-    bar_sync(ALL, 256)  # nobody reads the keys any more: their memory takes dK and dV
-    k_own.store((dk * scale).to(dtype))
-    v_own.store((dv * keep_scale).to(dtype))
-    fence_async_shared()
-    bar_sync(ALL, 256)
-    if CID == 0:
-        tma_store(dk_desc, [batch, head_k, n0, 0], k_s.index(0).reshape((1, 1, ROWS, D)))
+        if T.SPLIT:
+            gl.atomic_add(dw_ptr + col, dw, mask=col < sk, sem="relaxed")
+        else:
+            gl.store(dw_ptr + col, dw, mask=col < sk)
+    if T.SPLIT:
+        _add_rows(dk_ptr, dk_stride, dk, n0 + CID * HALF, sk, d, dk_l)
+        _add_rows(dv_ptr, dv_stride, dv, n0 + CID * HALF, sk, d_v, dv_l)
     else:
-        tma_store(dv_desc, [batch, head_k, n0, 0], v_s.index(0).reshape((1, 1, ROWS, DV)))
-    tma_store_wait(0)
+        bar_sync(ALL, 256)  # nobody reads the keys any more: their memory takes dK and dV
+        k_own.store((dk * scale).to(dtype))
+        v_own.store((dv * keep_scale).to(dtype))
+        fence_async_shared()
+        bar_sync(ALL, 256)
+        if CID == 0:
+            tma_store(dk_desc, [batch, head_k, n0, 0], k_s.index(0).reshape((1, 1, ROWS, D)))
+        else:
+            tma_store(dv_desc, [batch, head_k, n0, 0], v_s.index(0).reshape((1, 1, ROWS, DV)))
+        tma_store_wait(0)
+
+
+@gluon.jit
+def _add_rows(ptr, stride, tile, row0, rows, columns, LAYOUT: gl.constexpr):
+    """Add a tile to the rows from row0 of a float32 [rows, columns] matrix; the order of additions is not fixed."""
+    row = row0 + gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    column = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    at = ptr + row.to(gl.int64)[:, None] * stride + column[None, :]
+    gl.atomic_add(at, tile, mask=(row < rows)[:, None] & (column < columns)[None, :], sem="relaxed")
 
 
 @gluon.jit
@@ -377,16 +411,19 @@ def _tiles(COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, DTYPE
 _RUNTIME_INTS = [
     "HQ", "GROUP", "SQ", "SK", "tiles", "units", "window_left", "window_right", "threshold", "off_b", "off_h", "off_m",
     "off_n", "stride_sb", "stride_sh", "stride_tb", "stride_th", "stride_wb", "stride_wh", "stride_ab",
+    "parts", "D_K", "D_V",
 ]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=_RUNTIME_INTS)
 def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc, dq_desc, dk_desc, dv_desc,
                            rows_ptr, dirty_ptr, seen_ptr, weight_ptr, slopes_ptr, seed_ptr, plans_ptr, dw_ptr,
+                           dk_ptr, dv_ptr,
                            stride_sb, stride_sh, stride_tb, stride_th, stride_wb, stride_wh, stride_ab,
                            scale, softcap, keep_scale, HQ, GROUP, SQ, SK, tiles, units, window_left, window_right,
-                           threshold, off_b, off_h, off_m, off_n, F: gl.constexpr, T: gl.constexpr):  # fmt: skip
-    """dK, dV of 128 keys and their share of dQ / scale, added into float32. Grid: tiles * HKV * B.
+                           threshold, off_b, off_h, off_m, off_n, parts, D_K, D_V, F: gl.constexpr,
+                           T: gl.constexpr):  # fmt: skip
+    """dK, dV of 128 keys and their share of dQ / scale, added into float32. Grid: tiles * parts * HKV * B.
 
     ``rows_ptr`` and ``dirty_ptr`` [B, HQ, units] and ``seen_ptr`` come from backward_rows.py.
     """
@@ -402,15 +439,18 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
     pid = gl.program_id(0)
     tile = pid % tiles
     HK = HQ // GROUP
-    batch = pid // tiles // HK
-    head_k = pid // tiles % HK
+    rest = pid // tiles
+    part = rest % parts
+    batch = rest // parts // HK
+    head_k = rest // parts % HK
     n0 = tile * BLOCK_N
     start, full_start, full_tiles, _left, masked_tiles = _plan_queries(
         plans_ptr, batch.to(gl.int64), head_k * GROUP, stride_tb, stride_th, n0, SQ, SK, window_left, window_right, F
     )
     first = start // BLOCK_M
     met = full_tiles + masked_tiles
-    count = met * GROUP
+    begin = met * GROUP * part // parts
+    count = met * GROUP * (part + 1) // parts - begin
     shift = 0
     if T.ROTATE:
         shift = tile
@@ -440,6 +480,8 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
         slopes_ptr + b64 * stride_ab,
         seed_ptr,
         dw_ptr + (b64 * HK + head_k) * SK,
+        dk_ptr + (b64 * SK * HK + head_k) * D_K,
+        dv_ptr + (b64 * SK * HK + head_k) * D_V,
     )
     descs = (dq_desc, dk_desc, dv_desc)
     loads = (q_desc, k_desc, v_desc, do_desc, q_desc, do_desc)
@@ -447,11 +489,12 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
         loads = (q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc)
     smem = (q_s, k_s, v_s, do_s, ds_s, dq_s, rows_s)
     bars = (kv_full, q_full, do_full)
-    where = (batch, head_k, n0, GROUP, first, met, count, shift, full_start, full_hi)
-    numbers = (scale, softcap, keep_scale, SQ, SK, window_left, window_right, threshold, off_b, off_h, off_m, off_n)
+    where = (batch, head_k, n0, GROUP, first, met, begin, count, shift, full_start, full_hi)
+    numbers = (scale, softcap, keep_scale, SQ, SK, window_left, window_right, threshold, off_b, off_h, off_m, off_n,
+               HK * D_K, HK * D_V, D_K, D_V)  # fmt: skip
     gl.warp_specialize([
         (_consumer, (descs, pointers, smem, bars, where, numbers, 0, F, T)),
         (_consumer, (descs, pointers, smem, bars, where, numbers, 1, F, T)),
         (_producer, (loads, rows_ptr, dirty_ptr, (q_s, k_s, v_s, do_s, rows_s), bars,
-                     (batch, head_k, n0, GROUP, first, met, count, shift, units, unit0), F, T)),
+                     (batch, head_k, n0, GROUP, first, met, begin, count, shift, units, unit0), F, T)),
     ], [4, 1], [REGS, 24])  # fmt: skip

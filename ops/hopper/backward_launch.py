@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from .plan import Launch, padded, tiles, tma_problem
 HEAD_DIMS = (40, 128)  # below, padding to 64 wastes more than the fused form saves
 KEYS = 128  # of one program
 ROUND_BLOCK = 4096
+MIN_STEPS = 4  # of a program that shares a key tile
 MAX_KEYS_IN_RANGES = 1 << 24  # the kernel compares them as float32
 SCHEDULES = {64: Schedule(SUBS=2, K_REGS=True), 128: Schedule()}  # by padded head dim
 Configs = dict[str, Schedule]
@@ -79,6 +82,20 @@ def backward(
     return steps.run(dout, dlse, q, k, v, out, lse, spec, needs)
 
 
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _parts(programs: int, walk: int, multiprocessors: int) -> int:
+    """How many programs share the queries of one key tile: enough to fill the GPU, each with some steps to do."""
+    return max(1, min(multiprocessors // programs, walk // MIN_STEPS))
+
+
+def _rounding(count: int, scale: float) -> PortableLaunch:
+    return PortableLaunch(attn_bwd_hopper_round, -(-count // ROUND_BLOCK), (count, scale), (ROUND_BLOCK,))
+
+
 class _Steps:
     """The launches of one signature: what rows bring, the fused kernel, the rounding of dQ."""
 
@@ -132,13 +149,20 @@ class _Steps:
             tiles(new_bshd(k), KEYS, width),
             tiles(new_bshd(v), KEYS, width_v),
         ]
+        walk = plan.hq // plan.hkv * -(-plan.sq // block)  # steps of one key tile
+        self.parts = (
+            _parts(grid, walk, _multiprocessors(q.device)) if schedule.SPLIT is None else 1 + 2 * schedule.SPLIT
+        )
+        schedule = schedule._replace(SPLIT=self.parts > 1)
         numbers = (*seen_strides, *self.key_plans.strides, *plan.other_strides[-3:], *plan.numbers()[-7:], count, units,
-                   *plan.tail)  # fmt: skip
+                   *plan.tail, self.parts, plan.d, plan.dv)  # fmt: skip
         constants = (f._replace(D=width, DV=width_v), schedule)
-        self.main = Launch(attn_bwd_hopper_kernel, grid, described, numbers, constants)
+        self.main = Launch(attn_bwd_hopper_kernel, grid * self.parts, described, numbers, constants)
 
-        n = plan.batch * plan.hq * plan.sq * plan.d
-        self.round = PortableLaunch(attn_bwd_hopper_round, -(-n // ROUND_BLOCK), (n, plan.scale), (ROUND_BLOCK,))
+        keys = plan.batch * plan.hkv * plan.sk
+        self.sizes = keys * plan.d, keys * plan.dv
+        self.round = _rounding(plan.batch * plan.hq * plan.sq * plan.d, plan.scale)
+        self.round_k, self.round_v = _rounding(self.sizes[0], plan.scale), _rounding(self.sizes[1], plan.keep_scale)
 
     def run(
         self,
@@ -168,12 +192,18 @@ class _Steps:
             seen = ranges.new_empty(self.seen_shape)
             self.keys_seen([ranges.contiguous(), plans, seen])
         if self.weighed:
-            dw = lse.new_empty((plan.batch, plan.hkv, plan.sk))
+            dw = lse.new_zeros((plan.batch, plan.hkv, plan.sk))
+        sum_k = sum_v = None
+        if self.parts > 1:
+            sum_k, sum_v = lse.new_zeros(sum(self.sizes)).split(self.sizes)
         self.main(
             [q, k, v, dout, clean_q, clean_dout, total, dk, dv],
-            [rows, dirty, seen, weight, spec.alibi_slopes, spec.dropout_seed, plans, dw],
+            [rows, dirty, seen, weight, spec.alibi_slopes, spec.dropout_seed, plans, dw, sum_k, sum_v],
         )
         self.round([total, dq])
+        if self.parts > 1:
+            self.round_k([sum_k, dk])
+            self.round_v([sum_v, dv])
         return Gradients(
             dq,
             dk if needs.dk else None,

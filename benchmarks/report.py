@@ -1,53 +1,27 @@
-"""Turn a result file into the README's tables and plots: no figure is typed by hand.
+"""Turn a result file into the README's tables, docs/performance.md and plots: no figure is typed by hand.
 
-python -m benchmarks.report                    # results/attention-h100.csv -> README.md, results/*.png and *.svg
-python -m benchmarks.report --check            # exit code 1 if README.md is not what the result file says
+python -m benchmarks.report                    # results/attention-h100.csv -> README.md, docs, results/*.png and *.svg
+python -m benchmarks.report --check            # exit code 1 if README.md or the page is not what the result file says
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.registry import LABELS
+from benchmarks import goals
+from benchmarks.figures import ANCHORS_SOURCE, HERE, PEERS, Figure, Figures, Row
+from benchmarks.plots import plot
+from hf_flash_mc.measure.peers import LABELS
 
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
+ROOT = HERE.parent
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 NOTHING = "No result file yet: `python -m benchmarks.run` on a GPU, then `python -m benchmarks.report`."
-Row = dict[str, str]
-
-
-def read(stem: Path) -> tuple[list[Row], dict[str, str]]:
-    """The lines of STEM.csv and what STEM.json says of them."""
-    with stem.with_suffix(".csv").open(newline="") as file:
-        return list(csv.DictReader(file)), json.loads(stem.with_suffix(".json").read_text())
-
-
-def summary(stem: Path) -> str:
-    """The README's section: where it was measured, then one table per kind of figure."""
-    if not stem.with_suffix(".csv").exists():
-        return NOTHING
-    rows, meta = read(stem)
-    parts = [
-        f"{meta['device']}, torch {meta['torch']}, triton {meta['triton']}, {rows[0]['dtype']}, "
-        f"commit {(meta['commit'] or 'unknown')[:12]}, {meta['date']}; `{meta['command']}`. "
-        f"{meta['method'].capitalize()}. "
-        f"All figures with p20 and p80: [{stem.name}.csv](benchmarks/results/{stem.name}.csv)."
-    ]
-    long = [r for r in rows if r["group"] == "long"]
-    if long:
-        parts += ["Forward / backward TFLOP/s, from [B, S, H, D] memory as transformers gives it:", throughput(long)]
-    other = [r for r in rows if r["group"] not in ("long", "host")]
-    if other:
-        parts += ["Short windows and decoding, forward / backward in ms:", milliseconds(other)]
-    host = [r for r in rows if r["group"] == "host"]
-    if host:
-        parts += ["Host time of one small call in us, GPU idle otherwise:", host_times(host)]
-    return "\n\n".join(parts)
+LONG = ("long", "gqa", "context")
+BOTH = ("forward", "backward")
+STAR = f"\\* not in this run: {ANCHORS_SOURCE}. Absolute figures move by up to 10 % between cards and days."
 
 
 def table(head: list[str], body: list[list[str]]) -> str:
@@ -55,36 +29,16 @@ def table(head: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def grouped(rows: list[Row], key: str) -> dict[str, list[Row]]:
-    """Rows by a column, in the order of the file."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row[key], []).append(row)
-    return groups
-
-
-def figure(rows: list[Row], name: str, direction: str, column: str) -> float | None:
-    """One number of a cell, None if it was not measured."""
-    for row in rows:
-        if (row["implementation"], row["direction"]) == (name, direction) and row[column]:
-            return float(row[column])
-    return None
-
-
-def pair(rows: list[Row], name: str, column: str, pattern: str) -> str:
-    """ "forward / backward", a dash for what was not measured."""
-    values = (figure(rows, name, direction, column) for direction in ("forward", "backward"))
-    shown = ["-" if v is None else pattern.format(v) for v in values]
-    return "-" if shown == ["-", "-"] else " / ".join(shown)
-
-
-def ratio(rows: list[Row], name: str, peer: str) -> str:
-    """How many times as fast as the peer, forward / backward."""
-    shown = []
-    for direction in ("forward", "backward"):
-        a, b = (figure(rows, n, direction, "median_ms") for n in (name, peer))
-        shown.append("-" if a is None or b is None else f"{b / a:.2f}")
-    return " / ".join(shown)
+def origin(figures: Figures, path: Path, folder: str) -> str:
+    """Where and how the file was measured; ``folder`` is the way to it."""
+    meta = figures.meta
+    commands = "; ".join(f"`{c}`" for c in dict.fromkeys(r["command"] for r in figures.rows))
+    return (
+        f"{meta['device']}, torch {meta['torch']}, triton {meta['triton']}, {meta['dtype']}, "
+        f"commit {(meta['commit'] or 'unknown')[:12]}, {meta['date']}; {commands}. "
+        f"{meta['method'].capitalize()}. "
+        f"All figures with p20 and p80: [{path.name}]({folder}/{path.name})."
+    )
 
 
 def shape(row: Row) -> list[str]:
@@ -94,74 +48,157 @@ def shape(row: Row) -> list[str]:
     return [row["head_dim"], mask, row["batch"], heads, length]
 
 
-def throughput(rows: list[Row]) -> str:
-    names = list(grouped(rows, "implementation"))
-    versus = "fa2" if "fa2" in names else names[-1]
-    head = ["D", "mask", "B", "heads", "S", *(LABELS[n] for n in names), f"ours vs {LABELS[versus]}"]
-    body = [
-        [*shape(cell[0]), *(pair(cell, n, "tflops", "{:.0f}") for n in names), ratio(cell, "ours", versus)]
-        for cell in grouped(rows, "cell").values()
-    ]
+def pair(figures: Figures, row: Row, name: str, show: str) -> str:
+    """ "forward / backward" in TFLOP/s or ms, a dash for what there is not, a star for what is of another run."""
+    shown = []
+    for direction in BOTH:
+        figure = figures.get(row["cell"], direction, name)
+        value = None if figure is None else getattr(figure, show)
+        pattern = "{:.0f}" if show == "tflops" else "{:.3f}"
+        shown.append("-" if figure is None or value is None else pattern.format(value) + ("*" if figure.anchor else ""))
+    return "-" if shown == ["-", "-"] else " / ".join(shown)
+
+
+def ratios(figures: Figures, row: Row) -> str:
+    """Ours against the best peer, forward / backward."""
+    shown = [figures.ratio(row["cell"], d) for d in BOTH]
+    return " / ".join("-" if x is None else f"{x:.2f}" for x in shown)
+
+
+def throughput(figures: Figures, rows: list[Row], show: str = "tflops") -> str:
+    """One line a cell: ours and every peer that has a figure, and how ours compares with the best of them."""
+    names = [n for n in PEERS if any(figures.get(r["cell"], d, n) for r in rows for d in BOTH)]
+    head = ["D", "mask", "B", "heads", "S", *(LABELS[n] for n in ("ours", *names)), "ours / best peer"]
+    body = [[*shape(r), *(pair(figures, r, n, show) for n in ("ours", *names)), ratios(figures, r)] for r in rows]
     return table(head, body)
 
 
-def milliseconds(rows: list[Row]) -> str:
-    names = list(grouped(rows, "implementation"))
-    head = ["D", "mask", "B", "heads", "Sq x Sk", *(LABELS[n] for n in names)]
-    body = [
-        [*shape(cell[0]), *(pair(cell, n, "median_ms", "{:.3f}") for n in names)]
-        for cell in grouped(rows, "cell").values()
-    ]
-    return table(head, body)
-
-
-def host_times(rows: list[Row]) -> str:
-    labels = {"ours": "ours", "sdpa": "SDPA (its own choice)"}
-    names = list(grouped(rows, "implementation"))
+def bandwidth(figures: Figures, rows: list[Row]) -> str:
+    """Cells that memory bounds, in ms, with the share of a device copy's bandwidth."""
+    names = [n for n in PEERS if any(figures.get(r["cell"], d, n) for r in rows for d in BOTH)]
+    head = ["D", "mask", "B", "heads", "Sq x Sk", *(LABELS[n] for n in ("ours", *names)), "ours, % of copy"]
     body = []
-    for direction, group in grouped(rows, "direction").items():
-        values = [figure(group, n, direction, "median_ms") for n in names]
-        body.append([direction.removeprefix("host "), *("-" if v is None else f"{v * 1e3:.0f}" for v in values)])
-    return table(["", *(labels[n] for n in names)], body)
+    for r in rows:
+        shares = [figures.copy_share(r["cell"], d) for d in BOTH]
+        share = " / ".join("-" if x is None else f"{100 * x:.0f}" for x in shares)
+        body.append([*shape(r), *(pair(figures, r, n, "ms") for n in ("ours", *names)), share])
+    return table(head, body)
 
 
-def plot(stem: Path) -> list[Path]:
-    """TFLOP/s over sequence length, a panel per head dim and direction (causal, as many KV heads as query heads)."""
-    import matplotlib
+def features(figures: Figures, rows: list[Row]) -> str:
+    """What a feature adds to causal attention without it."""
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    def added(row: Row, direction: str) -> str:
+        ratio = figures.ratio(row["cell"], direction, ("plain",))
+        return "-" if ratio is None else f"{100 * (1 / ratio - 1):+.0f} %"
 
-    rows, meta = read(stem)
-    rows = [r for r in rows if r["group"] == "long" and r["causal"] == "True" and r["q_heads"] == r["kv_heads"]]
-    if not rows:
-        return []
-    dims = sorted({int(r["head_dim"]) for r in rows})
-    figure_, axes = plt.subplots(2, len(dims), figsize=(4 * len(dims), 6), squeeze=False, sharex=True)
-    for column, dim in enumerate(dims):
-        for axis, direction in zip(axes[:, column], ("forward", "backward"), strict=True):
-            chosen = [r for r in rows if int(r["head_dim"]) == dim and r["direction"] == direction and r["tflops"]]
-            for name, group in grouped(chosen, "implementation").items():
-                points = sorted((int(r["sq"]), float(r["tflops"])) for r in group)
-                width = 2.5 if name == "ours" else 1.2
-                axis.plot(*zip(*points, strict=True), marker="o", linewidth=width, label=LABELS[name])
-            axis.set(title=f"{direction}, head dim {dim}", xscale="log", ylim=(0, None))
-            axis.set_xticks(sorted({int(r["sq"]) for r in chosen}), minor=False)
-            axis.xaxis.set_major_formatter("{x:.0f}")
-            axis.minorticks_off()
-            axis.grid(alpha=0.3)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("TFLOP/s")
-    for axis in axes[-1]:
-        axis.set_xlabel("sequence length")
-    axes[0, 0].legend(fontsize="small")
-    figure_.suptitle(f"Causal attention, {rows[0]['dtype']}, {meta['device']}")
-    figure_.tight_layout()
-    paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
-    for path in paths:
-        figure_.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure_)
-    return paths
+    return table(
+        ["feature", "forward", "backward", "both"],
+        [[r["feature"], *(added(r, d) for d in (*BOTH, "both"))] for r in rows],
+    )
+
+
+def training(figures: Figures, rows: list[Row]) -> str:
+    """Training steps: ms, and peak memory."""
+    names = [r["implementation"] for r in figures.rows if r["group"] == "train"]
+    names = list(dict.fromkeys([*names, *goals.STOCK]))
+
+    def shown(figure: Figure | None) -> str:
+        if figure is None:
+            return "-"
+        memory = "" if figure.peak_gib is None else f", {figure.peak_gib:.1f} GiB"
+        return f"{figure.ms:.0f}{'*' if figure.anchor else ''} ms{memory}"
+
+    body = [[r["batch"], r["sq"], *(shown(figures.get(r["cell"], "step", n)) for n in names)] for r in rows]
+    return table(["B", "S", *(LABELS.get(n, n) for n in names)], body)
+
+
+def host_times(figures: Figures) -> str:
+    rows = [r for r in figures.rows if r["group"] == "host"]
+    names = list(dict.fromkeys(r["implementation"] for r in rows))
+    body = []
+    for direction in dict.fromkeys(r["direction"] for r in rows):
+        found = [figures.get(rows[0]["cell"], direction, n) for n in names]
+        body.append([direction.removeprefix("host "), *("-" if f is None else f"{f.ms * 1e3:.0f}" for f in found)])
+    return table(["", *(LABELS[n] for n in names)], body)
+
+
+def sections(figures: Figures, everything: bool) -> list[str]:
+    """The tables; for the README without the shorter lengths and the features."""
+    long = figures.cells(*LONG)
+    if not everything:
+        long = [r for r in long if int(r["sq"]) >= 4096] or long
+    parts: list[tuple[str, list[Row], Callable[[Figures, list[Row]], str]]] = [
+        ("Forward / backward TFLOP/s, from [B, S, H, D] memory as transformers gives it:", long, throughput),
+        ("Packed sequences of 16 tokens and more, forward / backward TFLOP/s:", figures.cells("varlen"), throughput),
+        ("Windows, cross attention and decoding, forward / backward in ms:",
+         figures.cells("windows", "cross", "decode"), bandwidth),
+        ("Training step of a Llama-shaped model (8 layers, hidden size 2048, 32/8 heads of 64):",
+         figures.cells("train"), training),
+    ]  # fmt: skip
+    if everything:
+        parts.append(("What a feature adds to the time of causal attention (head dim 128, S 4096); recompute is the "
+                      "forward run again in each backward:", figures.cells("features"), features))  # fmt: skip
+    shown = []
+    for title, rows, show in parts:
+        if rows:
+            shown += [title, show(figures, rows)]
+    if figures.cells("host"):
+        shown += ["Host time of one small call in us, GPU idle otherwise:", host_times(figures)]
+    if any("* " in part for part in shown):
+        shown.append(STAR)
+    return shown
+
+
+def summary(path: Path) -> str:
+    """The README's section."""
+    if not path.exists():
+        return NOTHING
+    figures = Figures(path)
+    place = origin(figures, path, "benchmarks/results")
+    more = "Every cell, and what was aimed at: [docs/performance.md](docs/performance.md)."
+    return "\n\n".join([f"{place} {more}", *sections(figures, everything=False)])
+
+
+def performance(path: Path) -> str:
+    """docs/performance.md: goals met and missed, with the reasons that were written by hand, then every table."""
+    if not path.exists():
+        return f"# Performance\n\n{NOTHING}\n"
+    figures, reasons = Figures(path), goals.reasons()
+    head = ["goal", "direction", "cell", "ours", "best other", "ratio", "at least", "met"]
+    body, missed = [], []
+    for goal in goals.GOALS:
+        found = goals.outcomes(figures, goal)
+        absent = sum(x.ours == "not measured" for x in found)
+        if absent:
+            body.append(
+                [goal.text, goal.direction, f"{absent} cells", "not measured", "", "-", f"{goal.ratio:.2f}", "-"]
+            )
+        for x in found:
+            if x.ours == "not measured":
+                continue
+            least = goal.average if x.cell == "average" else goal.ratio
+            body.append([
+                goal.text, goal.direction, x.cell, x.ours, x.other, "-" if x.ratio is None else f"{x.ratio:.2f}",
+                f"{least:.2f}", "-" if x.met is None else "yes" if x.met else "**no**",
+            ])  # fmt: skip
+        if any(x.met is False for x in found):
+            text = reasons.get(goal.id, "no reason written down yet")
+            missed.append(f"- {goal.text} ({goal.direction}): {text}")
+    parts = [
+        "# Performance",
+        "Generated by `python -m benchmarks.report` from the result file; only the reasons (benchmarks/reasons.toml) "
+        "are written by hand. [benchmarks.md](benchmarks.md) says how it is measured.",
+        origin(figures, path, "../benchmarks/results"),
+        "## Goals",
+        "The ratio is the time of the best peer (or of what the goal names) over ours: above 1 is faster than it. For "
+        "memory-bound cells it is our bandwidth over that of the fastest device copy of the run. `-`: not measured.",
+        table(head, body),
+        STAR,
+    ]
+    if missed:
+        parts += ["## Missed, and why", "\n".join(missed)]
+    return "\n\n".join([*parts, "## All figures", *sections(figures, everything=True)]) + "\n"
 
 
 def replaced(readme: str, section: str) -> str:
@@ -173,18 +210,23 @@ def replaced(readme: str, section: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stem", nargs="?", type=Path, default=RESULTS / "attention-h100", help="result without suffix")
+    parser.add_argument("file", nargs="?", type=Path, default=HERE / "results" / "attention-h100.csv")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is out of date")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a text is out of date")
     options = parser.parse_args(arguments)
-    old = options.readme.read_text()
-    new = replaced(old, summary(options.stem))
+    texts = {
+        options.readme: replaced(options.readme.read_text(), summary(options.file)),
+        options.page: performance(options.file),
+    }
     if options.check:
-        print("README is up to date" if old == new else "README is out of date: run python -m benchmarks.report")
-        return int(old != new)
-    options.readme.write_text(new)
-    written = plot(options.stem) if options.stem.with_suffix(".csv").exists() else []
-    print(f"wrote {options.readme.name}", *(p.name for p in written))
+        old = [p.name for p, text in texts.items() if not p.exists() or p.read_text() != text]
+        print(f"out of date: {', '.join(old)}; run python -m benchmarks.report" if old else "all up to date")
+        return int(bool(old))
+    for p, text in texts.items():
+        p.write_text(text)
+    written = plot(options.file) if options.file.exists() else []
+    print("wrote", *(p.name for p in (*texts, *written)))
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,61 +11,113 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import registry, report, run, sanitize
-from benchmarks.registry import Cell
+from benchmarks import figures as figures_
+from benchmarks import goals, report, sanitize
+from benchmarks import run as command
+from benchmarks.figures import Figures, cell_of
+from hf_flash_mc.measure import cells, peers, problem, record, run, timing, training, warm
+from hf_flash_mc.measure.cells import Cell
 
 CPU = torch.device("cpu")
 CELL = Cell("smoke", 16, True, 1, 4, 2, 33, 33)
+EFFORT = timing.Effort(1, 1, 1)
+META = record.Run("a GPU", None, None, "3", "2", "3", "5", "0", "abcdef", "2026-01-01", "method", "command")
 
 
 @pytest.fixture(scope="module")
-def stem(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A result of the CPU smoke run."""
-    path = tmp_path_factory.mktemp("results") / "attention-test"
-    assert run.main(["--device", "cpu", "--out", str(path)]) == 0
+    path = tmp_path_factory.mktemp("results") / "attention-test.csv"
+    assert command.main(["--device", "cpu", "--out", str(path)]) == 0
     return path
 
 
-def test_run_writes_one_line_per_shape_direction_and_implementation(stem: Path) -> None:
-    with stem.with_suffix(".csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    timed = [r for r in rows if r["group"] == "smoke"]
-    assert len(timed) == len(registry.SMOKE) * 2 * len(registry.CPU_IMPLEMENTATIONS)
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def made_up(tmp_path: Path, ms: float = 1.0, skip: str = " ") -> Path:
+    """A file with every cell of the registry: ours at ``ms``, a copy, the cell without its feature, stock training."""
+    lines = []
+    for cell in cells.CELLS:
+        names = ["ours", "copy", *(["plain"] if cell.group == "features" else [])]
+        names += ["ours-compiled", "sdpa", "sdpa-compiled"] if cell.group == "train" else ["fa2", "cudnn"]
+        names += ["varlen_attn"] if cell.group == "varlen" else []
+        for direction in cell.directions:
+            for name in names:
+                time = ms if name.startswith("ours") else 1.0
+                if skip not in cell.name:
+                    lines.append(record.line(cell, torch.bfloat16, direction, name, [time], peak_gib=50.0))
+    path = tmp_path / "made-up.csv"
+    record.write(lines, META, path)
+    return path
+
+
+def test_run_writes_one_line_per_shape_direction_and_implementation(result: Path) -> None:
+    rows = rows_of(result)
+    expected = {
+        (c.name, d, n) for c in cells.SMOKE for d in c.directions for n in peers.CPU_DEFAULT if peers.applies(n, c)
+    }
+    timed = {(r["cell"], r["direction"], r["implementation"]) for r in rows if r["group"] != "host"}
+    assert {k for k in timed if k[2] != "copy"} == expected
+    assert {k[2] for k in timed} == {*peers.CPU_DEFAULT, "copy"}
     for row in rows:
         assert 0 < float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"]), row
+        assert row["torch"] == torch.__version__
+        assert row["command"] == f"python -m benchmarks.run --device cpu --out {result}"
     assert {r["direction"] for r in rows if r["group"] == "host"} == {"host forward", "host forward+backward"}
-    meta = json.loads(stem.with_suffix(".json").read_text())
-    assert meta["torch"] == torch.__version__
-    assert meta["command"] == f"python -m benchmarks.run --device cpu --out {stem}"
+    assert {r["note"] for r in rows if r["implementation"] == "ours" and r["group"] != "host"} == {"runs on cpu"}
 
 
-@pytest.mark.parametrize("cell", registry.SMOKE, ids=lambda c: c.name)
-def test_reference_slice_agrees_with_autograd(cell: Cell) -> None:
-    """The gate's own formulas, against autograd through the plain definition."""
-    inputs = registry.make_inputs(cell, CPU, torch.float32)
-    group = cell.q_heads // cell.kv_heads
-    small = [x[:, : group if i in (0, 3) else 1] for i, x in enumerate(inputs)]
-    expected = run.differentiate(registry.sdpa(cell, run.SDPBackend.MATH), *small)
-    for x, y in zip(registry.reference_slice(cell, *small), expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("cell", cells.SMOKE, ids=lambda c: c.name)
+def test_textbook_and_exact_answers_agree(cell: Cell) -> None:
+    """What the gate compares with: two independent formulas, and a whole problem's piece is that piece of the whole."""
+    p = problem.make_problem(cell, CPU, torch.float32)
+    gate = problem.Gate(p)
+    for x, y in zip(gate.native, gate.exact, strict=True):
+        torch.testing.assert_close(x.double(), y.double(), rtol=0, atol=2e-5)
+    if cell.feature == "":
+        for x, y in zip(problem._chunked(gate.piece), gate.exact, strict=False):
+            torch.testing.assert_close(x.double(), y.double(), rtol=0, atol=2e-5)
 
 
 def test_wrong_implementation_is_not_timed() -> None:
-    right = registry.ours(CELL, "cpu")
-    wrong = {"ours": lambda cell: lambda q, k, v: right(q, k, v) * 1.01, "sdpa": registry.CPU_IMPLEMENTATIONS["sdpa"]}
-    lines = run.measure_cell(CELL, CPU, torch.float32, wrong)
+    def wrong(p: problem.Problem) -> problem.Attention:
+        right = peers.ours(p)
+        return lambda q, k, v: right(q, k, v) * 1.01
+
+    lines = timing.measure_cell(CELL, CPU, torch.float32, {"ours": wrong, "fa2": peers.IMPLEMENTATIONS["fa2"]}, EFFORT)
     by_name = {x.implementation: x for x in lines if x.direction == "forward"}
     assert by_name["ours"].median_ms is None
     assert by_name["ours"].note.startswith("wrong: out")
-    assert by_name["sdpa"].median_ms is not None
+    assert by_name["fa2"].median_ms is not None
 
 
-def test_peer_that_cannot_take_a_shape_is_noted() -> None:
-    def refuse(cell: Cell) -> registry.Attention:
-        raise NotImplementedError("no such head dim")
+def test_wrong_gradient_is_not_timed() -> None:
+    def wrong(p: problem.Problem) -> problem.Attention:
+        right = peers.ours(p)
+        return lambda q, k, v: right(q, k + 0.01 * (k - k.detach()), v)  # the value of k, 1.01 times its gradient
 
-    lines = run.measure_cell(CELL, CPU, torch.float32, {"fa2": refuse})
-    assert [x.note for x in lines] == ["not run: NotImplementedError: no such head dim"] * 2
+    lines = timing.measure_cell(CELL, CPU, torch.float32, {"ours": wrong}, EFFORT)
+    assert [x.median_ms for x in lines] == [None, None]
+    assert all(x.note.startswith("wrong: dk") for x in lines)
+
+
+def test_peer_without_a_backward_is_timed_forward_only() -> None:
+    def forward_only(p: problem.Problem) -> problem.Attention:
+        right = peers.ours(p)
+        return lambda q, k, v: right(q.detach(), k.detach(), v.detach())
+
+    forward, backward = timing.measure_cell(CELL, CPU, torch.float32, {"fa3": forward_only}, EFFORT)
+    assert forward.median_ms is not None
+    assert backward.median_ms is None
+    assert backward.note.startswith("not run: RuntimeError")
+
+
+def test_peer_that_is_not_installed_is_noted() -> None:
+    lines = timing.measure_cell(CELL, CPU, torch.float32, {"fa3": peers.IMPLEMENTATIONS["fa3"]}, EFFORT)
+    assert [x.note for x in lines] == ["not run: not installed: No module named 'flash_attn_interface'"] * 2
 
 
 def test_flops_count_visible_pairs() -> None:
@@ -73,12 +125,77 @@ def test_flops_count_visible_pairs() -> None:
     assert full.flops("forward") == 4 * 4 * 16 * 4096 * 4096 * 128
     assert full.flops("backward") == 2.5 * full.flops("forward")
     assert Cell("long", 128, True, 4, 16, 16, 4096, 4096).flops("forward") == full.flops("forward") / 2
+    packed = Cell("varlen", 16, False, 3, 2, 2, 19, 19, "packed")
+    assert packed.flops("forward") == 4 * 2 * 16 * sum(n * n for n in packed.lengths)
 
 
-def test_report_replaces_what_stands_between_the_markers(stem: Path, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
+def test_cells_have_names_of_their_own_that_can_be_parsed() -> None:
+    names = [c.name for c in cells.CELLS]
+    assert len(set(names)) == len(names)
+    given = cells.parse("d128-causal-b4-h32:8-q4096-k8192")
+    assert (given.head_dim, given.causal, given.batch, given.q_heads, given.kv_heads) == (128, True, 4, 32, 8)
+    assert (given.sq, given.sk) == (4096, 8192)
+    for wrong in ("128", "d128-causal-b4-h30:8-q4096-k4096", "d128-causal-b0-h8:8-q4096-k4096"):
+        with pytest.raises(ValueError, match=re.escape(f"got {wrong!r}")):
+            cells.parse(wrong)
+
+
+def test_time_limit_ends_the_run_and_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "cut.csv"
+    assert run.main(["--device", "cpu", "--time-limit", "0", "--only", "decode", "windows", "--out", str(out)]) == 3
+    printed = capsys.readouterr().out
+    assert "missing:\nd16-full-b3-h2:2-q8-k8\nd16-full-b2-h4:2-q1-k40\n" in printed
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "nonesuch"], "only: expected a part of a group's or cell's name, got 'nonesuch'"),
+        (["--only", "("], r"only: expected regular expressions, got '\('"),
+        (["--implementations", "fa9"], "implementations: expected some of ours, .*, got fa9"),
+        (["--device", "tpu9"], "device: expected cpu or cuda, got 'tpu9'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--device", "cpu", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_list_shows_cells_and_measures_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--device", "cpu", "--list", "--only", "decode", "host"]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == ["decode  d16-full-b2-h4:2-q1-k40  forward"]
+
+
+def test_training_step_runs_stock_and_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Cell("train", 16, True, 1, 4, 2, 24, 24, "llama", ("step",))
+    monkeypatch.setattr(training, "_NAMES", ("ours", "sdpa"))
+    monkeypatch.setattr(training, "TRAIN_VOCABULARY", 50)
+    lines, missing = training.measure(cell, CPU, lambda: 1e9, layers=1, hidden=64)
+    assert missing == []
+    assert [(x.implementation, x.samples) for x in lines] == [("ours", 7), ("sdpa", 7)]
+    losses = [float(x.note.removeprefix("loss ")) for x in lines]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert training.measure(cell, CPU, lambda: 1.0)[1] == [f"{cell.name} ours", f"{cell.name} sdpa"]
+
+
+def square_or_fail(x: int) -> int:
+    if x == 3:
+        raise ZeroDivisionError("three")
+    return x * x
+
+
+def test_parallel_jobs_return_results_and_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    found = warm.in_parallel("squares", square_or_fail, {"two": 2, "three": 3}, 60)
+    assert found["two"] == 4
+    assert "ZeroDivisionError: three" in str(found["three"])
+    assert "[2/2]" in capsys.readouterr().err
+
+
+def test_report_replaces_what_stands_between_the_markers(result: Path, tmp_path: Path) -> None:
+    readme, page = tmp_path / "README.md", tmp_path / "performance.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    arguments = [str(stem), "--readme", str(readme)]
+    arguments = [str(result), "--readme", str(readme), "--page", str(page)]
     assert report.main([*arguments, "--check"]) == 1
     assert report.main(arguments) == 0
     assert report.main([*arguments, "--check"]) == 0
@@ -86,35 +203,80 @@ def test_report_replaces_what_stands_between_the_markers(stem: Path, tmp_path: P
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    rows, _ = report.read(stem)
-    fastest = report.figure(rows, "ours", "host forward", "median_ms")
-    assert fastest is not None
-    assert f"| forward | {fastest * 1e3:.0f} | " in text
+    host = Figures(result).get("d64-causal-b1-h16:16-q128-k128", "host forward", "ours")
+    assert host is not None
+    assert f"| forward | {host.ms * 1e3:.0f} | " in text
 
 
-def test_ratio_says_how_many_times_as_fast() -> None:
-    rows = [
-        {"implementation": name, "direction": direction, "median_ms": time}
-        for name, direction, time in (("ours", "forward", "2"), ("fa2", "forward", "3"), ("fa2", "backward", "5"))
-    ]
-    assert report.ratio(rows, "ours", "fa2") == "1.50 / -"
+def test_missing_peer_counts_with_its_marked_anchor(tmp_path: Path) -> None:
+    figures = Figures(made_up(tmp_path))
+    name = "d128-causal-b4-h16:16-q4096-k4096"
+    best = figures.best(name, "forward")
+    assert best is not None
+    assert (best[0], best[1].anchor, round(best[1].tflops or 0)) == ("fa3", True, 674)
+    assert figures.ratio(name, "forward") == pytest.approx(best[1].ms / 1.0)
+    row = next(r for r in figures.rows if r["cell"] == name)
+    assert report.pair(figures, row, "fa3", "tflops") == "674* / -"
+    assert "*" not in report.pair(figures, row, "fa2", "tflops")
+    measured = figures.get(name, "forward", "fa2")
+    assert measured is not None
+    assert not measured.anchor
 
 
-def test_plot_draws_png_and_svg(tmp_path: Path) -> None:
-    lines = [
-        run.line(cell, torch.bfloat16, direction, name, [1.0 + cell.sq / 1e4, 2.0, 3.0])
-        for cell in registry.CELLS
-        if cell.group == "long"
-        for direction in ("forward", "backward")
-        for name in registry.GPU_IMPLEMENTATIONS
-    ]
-    run.write(lines, {"device": "a GPU"}, tmp_path / "made-up")
-    assert [p.suffix for p in report.plot(tmp_path / "made-up")] == [".png", ".svg"]
-    assert all(p.stat().st_size > 5000 for p in tmp_path.glob("made-up.[ps]*g"))
+def test_every_anchor_and_goal_names_cells_of_the_registry() -> None:
+    for cell, _, name in figures_.read_anchors(figures_.ANCHORS):
+        assert cell_of(cell).name == cell
+        assert name in peers.LABELS
+    for goal in goals.GOALS:
+        assert figures_.matching(goal.cells), goal.id
+    assert len({g.id for g in goals.GOALS}) == len(goals.GOALS)
 
 
-def test_readme_is_what_the_result_file_says() -> None:
+def test_goals_are_met_missed_or_open(tmp_path: Path) -> None:
+    def outcome(ms: float, goal: str, skip: str = " ") -> list[bool | None]:
+        found = next(g for g in goals.GOALS if g.id == goal)
+        return [x.met for x in goals.outcomes(Figures(made_up(tmp_path, ms, skip)), found)]
+
+    assert outcome(0.5, "varlen-forward") == [True, True]
+    assert outcome(0.7, "varlen-forward") == [False, False]
+    assert outcome(1.02, "ranges-both") == [True]
+    assert outcome(1.04, "ranges-both") == [False]
+    assert outcome(0.5, "decode", skip="k32768") == [None]
+    assert outcome(0.5, "train-65536") == [True]
+    assert outcome(0.01, "forward-long")[-1] is True  # the average
+    assert outcome(9.0, "forward-long")[-1] is False
+
+
+def test_page_shows_reasons_of_missed_goals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = tmp_path / "reasons.toml"
+    written.write_text('dropout-both = "Philox needs integer units."\n')
+    monkeypatch.setattr(goals, "reasons", lambda: goals.tomllib.loads(written.read_text()))
+    page = report.performance(made_up(tmp_path, ms=9.0))
+    assert "Philox needs integer units." in page
+    assert "| **no** |" in page
+    assert "recompute" in page
+    written.write_text('nonesuch = "text"\n')
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="nonesuch"):
+        goals.reasons(written)
+
+
+def test_plots_are_png_and_svg(tmp_path: Path) -> None:
+    from benchmarks.plots import plot
+
+    written = plot(made_up(tmp_path))
+    assert [p.name for p in written] == [f"made-up{n}.{k}" for n in ("", "-ratios") for k in ("png", "svg")]
+    assert all(p.stat().st_size > 5000 for p in written)
+
+
+def test_readme_and_page_are_what_the_result_file_says() -> None:
     assert report.main(["--check"]) == 0
+
+
+def test_gate_has_the_bound_of_the_tests() -> None:
+    from helpers import TOLERANCE
+
+    assert problem.TOLERANCE == TOLERANCE
 
 
 def test_sanitizer_driver_runs_every_call(capsys: pytest.CaptureFixture[str]) -> None:

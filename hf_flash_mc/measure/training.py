@@ -1,0 +1,103 @@
+"""One training step (forward, loss, backward) of a Llama-shaped model: stock sdpa and ours, eager and compiled."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hf_flash_mc.measure.cells import TRAIN_HIDDEN, TRAIN_LAYERS, TRAIN_MLP, TRAIN_VOCABULARY, Cell
+from hf_flash_mc.measure.record import Line, line
+
+STEPS = 7
+LONGEST_EAGER = 32768  # tokens, above which eager activations fill an 80 GiB card
+COMPILE_SECONDS = 60.0  # that a compiled variant is given at least, under a time limit
+_NAMES = ("ours", "sdpa", "ours-compiled", "sdpa-compiled", "ours-compiled-checkpointed", "sdpa-compiled-checkpointed")
+
+
+def variants(cell: Cell) -> list[str]:
+    """What is measured at this length: checkpointing where memory is what counts, eager where it fits."""
+    long = cell.sq > LONGEST_EAGER
+    return [n for n in _NAMES if (("compiled" in n) if long else ("checkpointed" not in n))]
+
+
+def make_model(cell: Cell, device: torch.device, layers: int = TRAIN_LAYERS, hidden: int = TRAIN_HIDDEN) -> Any:
+    """Random weights in bfloat16 (float32 on a CPU), stock sdpa attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings: dict[str, Any] = {"attn_implementation": "sdpa"}
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=TRAIN_MLP * hidden // TRAIN_HIDDEN, num_hidden_layers=layers,
+        num_attention_heads=cell.q_heads, num_key_value_heads=cell.kv_heads, head_dim=cell.head_dim,
+        vocab_size=TRAIN_VOCABULARY, max_position_embeddings=cell.sq, **settings,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = LlamaForCausalLM(config)
+    return model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).train()
+
+
+def measure(cell: Cell, device: torch.device, left: Callable[[], float], **sizes: int) -> tuple[list[Line], list[str]]:
+    """Lines of every variant, one after the other (two do not fit side by side); the names of those left out in time.
+
+    The loss of the first step must agree with stock sdpa's, which runs eagerly (or compiled, where eager does not fit).
+    """
+    lines, missing, losses = [], [], {}
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for name in variants(cell):
+        if left() < (COMPILE_SECONDS if "compiled" in name else 15.0):
+            missing.append(f"{cell.name} {name}")
+            continue
+        try:
+            times, peak, losses[name] = _measure(cell, device, name, left, sizes)
+            note = f"loss {losses[name]:.4f}"
+        except Exception as error:  # out of memory is a result
+            times, peak, note = [], None, f"not run: {type(error).__name__}: {str(error).splitlines()[0]}"[:200]
+        stock = next((losses[n] for n in ("sdpa", "sdpa-compiled") if n in losses), None)
+        if name in losses and stock is not None and abs(losses[name] - stock) > 2e-3 * abs(stock):
+            times, note = [], f"wrong: loss {losses[name]:.5f}, stock sdpa has {stock:.5f}"
+        lines.append(line(cell, dtype, "step", name, times, note, peak))
+        torch._dynamo.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return lines, missing
+
+
+def _measure(
+    cell: Cell, device: torch.device, name: str, left: Callable[[], float], sizes: dict[str, int]
+) -> tuple[list[float], float | None, float]:
+    """Milliseconds of steps, peak GiB, and the first loss."""
+    from hf_flash_mc.patches import patch_model
+
+    model = make_model(cell, device, **sizes)
+    if name.startswith("ours"):
+        patch_model(model)
+    if name.endswith("checkpointed"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    run = torch.compile(model) if "compiled" in name else model
+    ids = torch.randint(TRAIN_VOCABULARY, (cell.batch, cell.sq), generator=torch.Generator().manual_seed(1)).to(device)
+
+    def step() -> torch.Tensor:
+        model.zero_grad(set_to_none=True)
+        loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return loss.detach()
+
+    first = step().item()
+    step()
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    times: list[float] = []
+    while len(times) < STEPS and (len(times) < 3 or left() > 10):
+        start = time.perf_counter()
+        step()
+        if gpu:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times, torch.cuda.max_memory_allocated() / 2**30 if gpu else None, first

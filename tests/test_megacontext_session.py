@@ -312,6 +312,29 @@ def test_refocus_follows_the_lens_and_generation_refocuses() -> None:
     session.check_invariants()
 
 
+@pytest.mark.parametrize("kind", ["dual", "transformer"])
+def test_trained_lenses_are_shown_what_slots_are_about(kind: str) -> None:
+    lens = {"kind": kind, "width": 32, "head_dim": 16, "prior": "recency"}
+    model = attached(config=dataclasses.replace(CONFIG, w_max=64, lens=lens))
+    session = model.megacontext.session(chunk_size=16)
+    session.ingest(history(20))
+    assert session.lens_input().tail.shape == (3, 64)
+    session.ingest(history(220, seed=2), refocus=True)
+    session.check_invariants()
+    wc, context = session.working_context, session.lens_input()
+    table, ids = model.get_input_embeddings().weight.detach(), session.tokens()
+    for slot, (start, end) in enumerate(zip(wc.start.tolist(), wc.end.tolist(), strict=True)):
+        assert (context.entries[slot] - table[ids[start:end]].mean(0)).abs().max() <= 2e-3
+    assert context.tail.shape == (6, 64)
+    middle = (wc.start + wc.span / 2) / wc.total
+    low, high = torch.from_numpy(-(wc.lod < 2) * 1.0), torch.from_numpy((wc.lod > 0) * 1.0)
+    expected = torch.from_numpy(2 * middle - 1).clamp(low, high)
+    assert (session.scores() - expected).abs().max() <= 2e-3, "untrained, a lens is its prior"
+    session.rewind(3)
+    session.ingest(history(9, seed=3))
+    assert len(session.lens_input().entries) == len(session.working_context)
+
+
 @pytest.mark.parametrize(
     "options",
     [

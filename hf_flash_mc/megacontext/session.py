@@ -15,7 +15,8 @@ from .allocator import AllocatorState, FocusAllocator
 from .attach import MegaContext, cache_argument, layer_windows
 from .cache import MegaContextCache
 from .embedding import EmbeddingMemory
-from .lensnet import GistMassLens, LensInput
+from .entries import EntryEmbeddings
+from .lensnet import GistMassLens, LensInput, TrainedLens
 from .memory import KVMemory, Memory
 from .recall import RecallIndex, entry_mass, open_store, pairs_of
 from .telemetry import Telemetry
@@ -100,6 +101,7 @@ class MegaContextSession:
             self._keep_recall(None if recall is True else recall)
         self.last_scores: Tensor | None = None
         self._by_mass = GistMassLens(self.config)
+        self._entries: EntryEmbeddings | None = None  # made for trained lenses
 
     @property
     def device(self) -> torch.device:
@@ -183,17 +185,29 @@ class MegaContextSession:
 
     def scores(self, keep: int = 0) -> Tensor:
         """The lens's scores of the working context, float32 [N] on the CPU; ``keep`` tokens stay out of the tree."""
-        wc = self.working_context
-        if self.addon.lens.reads == "recall":  # it knows what is in the tree
-            self._commit(len(self) - max(self.config.recent_tokens, keep))
         with self.stats.time("lens"), torch.no_grad():
-            mass = None
-            if self.cache.observe:
-                recalls = self.addon.lens.reads == "recall"
-                mass = self.recall_mass() if recalls else self.attention_mass()
-            context = LensInput.of(wc, self.device, attention_mass=mass, generator=self.generator)
-            self.last_scores = self.addon.lens.score(context).detach().cpu()
+            self.last_scores = self.addon.lens.score(self.lens_input(keep)).detach().cpu()
         return self.last_scores
+
+    def lens_input(self, keep: int = 0) -> LensInput:
+        """What the lens is shown of the working context, on the device."""
+        wc, lens = self.working_context, self.addon.lens
+        trained = isinstance(lens, TrainedLens)
+        if trained or lens.reads == "recall":  # they know what is in the tree
+            self._commit(len(self) - max(self.config.recent_tokens, keep))
+        mass = None
+        if self.cache.observe:
+            mass = self.recall_mass() if lens.reads == "recall" else self.attention_mass()
+        context = LensInput.of(wc, self.device, attention_mass=mass, generator=self.generator)
+        if trained:
+            if self._entries is None:
+                embed = self.model.get_input_embeddings()
+                self._entries = EntryEmbeddings(self.config, lambda ids: embed(ids.to(self.device)).detach())
+            self._entries.follow(self.tree)
+            context.entries = self._entries.of(wc, self.tokens())
+            tail = self._entries.tail().to(context.entries)
+            context.tail = tail if len(tail) else context.entries[-self.config.block_size :].mean(0, keepdim=True)
+        return context
 
     def attention_mass(self) -> Tensor:
         """The share of attention that each slot of the working context got from the last queries, float32 [N]."""

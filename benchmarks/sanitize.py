@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_flash_mc.ops import flash_attention, flash_attention_varlen
+from hf_flash_mc.ops import explain_attention, flash_attention, flash_attention_varlen
 
 LARGEST, SMALLEST = 2**31 - 1, -(2**31)
 DENSE = [(1, 2, 1, 1, 1), (2, 4, 2, 63, 111), (1, 2, 2, 111, 63), (1, 4, 1, 257, 257)]  # B, Hq, Hkv, Sq, Sk
@@ -69,8 +69,15 @@ def hostile_lengths(n: int, total: int, device: str) -> Iterator[tuple[str, Tens
         yield name, values.to(torch.int32).to(device)
 
 
-def run(name: str, call: Callable[..., Any], qkv: tuple[Tensor, ...], options: dict[str, Any], split: bool) -> None:
-    """Forward and backward (``split``: the deterministic form), through lse too; then wait."""
+def run(name: str, call: Callable[..., Any], qkv: tuple[Tensor, ...], options: dict[str, Any], split: bool) -> int:
+    """Forward and backward (``split``: the deterministic form), through lse too; then wait.
+
+    A call that the back end does not take is left out, and said so. Returns how many calls were made.
+    """
+    explained = explain_attention(*qkv, **options)
+    if explained.impl is None:
+        print(f"  {name}: left out: {'; '.join(explained.reasons)}", flush=True)
+        return 0
     print(f"  {name}, {[tuple(x.shape) for x in qkv]}, {'split' if split else 'default'} backward", flush=True)
     torch.use_deterministic_algorithms(split)
     leaves = [x.detach().requires_grad_() for x in qkv]
@@ -80,6 +87,7 @@ def run(name: str, call: Callable[..., Any], qkv: tuple[Tensor, ...], options: d
     torch.autograd.grad((out.float().sum() + safe.sum()), [*leaves, *extra], allow_unused=True)
     if out.is_cuda:
         torch.cuda.synchronize()
+    return 1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,8 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if (n * kinds + i) % shards != mine:  # a shard keeps its kernels for all shapes
                     continue
                 for deterministic in (False, True):
-                    run(name, flash_attention, qkv, {**extra, "impl": options.impl}, deterministic)
-                    count += 1
+                    count += run(name, flash_attention, qkv, {**extra, "impl": options.impl}, deterministic)
         sizes = ((queries, 4, d), (keys, 2, d), (keys, 2, dv))
         qkv = tuple(torch.randn(*s, device=device, dtype=dtype) for s in sizes)
         for i, extra in enumerate(({}, {"causal": True}, {"key_ranges": hostile_ranges(queries, device=device)})):
@@ -121,8 +128,8 @@ def main(arguments: list[str] | None = None) -> int:
                     "max_seqlen_q": max(LENGTHS[0]),
                     "max_seqlen_k": 64,
                 }
-                run(name, flash_attention_varlen, qkv, {**packed, **extra, "impl": options.impl}, name == "true")
-                count += 1
+                call = {**packed, **extra, "impl": options.impl}
+                count += run(name, flash_attention_varlen, qkv, call, name == "true")
         print(f"D{d}/{dv}: {count} calls", flush=True)
     torch.use_deterministic_algorithms(False)
     print(f"{count} calls, forward and backward, came back")

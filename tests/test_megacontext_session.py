@@ -327,7 +327,7 @@ def test_trained_lenses_are_shown_what_slots_are_about(kind: str) -> None:
         assert (context.entries[slot] - table[ids[start:end]].mean(0)).abs().max() <= 2e-3
     assert context.tail.shape == (6, 64)
     middle = (wc.start + wc.span / 2) / wc.total
-    low, high = torch.from_numpy(-(wc.lod < 2) * 1.0), torch.from_numpy((wc.lod > 0) * 1.0)
+    low, high = torch.from_numpy((wc.lod < 2) * -1.0), torch.from_numpy((wc.lod > 0) * 1.0)
     expected = torch.from_numpy(2 * middle - 1).clamp(low, high)
     assert (session.scores() - expected).abs().max() <= 2e-3, "untrained, a lens is its prior"
     session.rewind(3)

@@ -11,7 +11,7 @@ from ..portable.launch import _KeyPlans, _on_device
 from ..portable.plan import Launch as PortableLaunch
 from ..portable.plan import Plan, features, plan_of, strides
 from ..spec import Gradients, Needs, Spec, Varlen, bshd_layout, new_bshd, new_strided
-from ..tuning import Config
+from ..tuning import Config, tuned
 from .backward import Schedule, attn_bwd_hopper_kernel
 from .backward_rows import attn_bwd_hopper_keys_seen, attn_bwd_hopper_round, attn_bwd_hopper_rows
 from .plan import Launch, padded, tiles, tma_problem
@@ -112,7 +112,7 @@ class _Steps:
         schedule: Schedule | None,
     ):
         width, width_v = padded(plan.d), padded(plan.dv)
-        schedule = schedule or SCHEDULES[max(width, width_v)]
+        schedule = schedule or tuned("hopper_bwd", plan, Schedule) or SCHEDULES[max(width, width_v)]
         block = 64 * schedule.SUBS
         f = features(Config(block, KEYS, 4, 1), plan.d, plan.dv, plan.flags, weight_grad=weighed)
         self.plan, self.weighed, self.sanitize = plan, weighed, f.SANITIZE

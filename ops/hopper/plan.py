@@ -12,7 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..portable.common import Features
 from ..portable.plan import Plan, features
-from ..tuning import Config
+from ..tuning import Config, tuned
 from .common import GROUP_ROWS, Cut
 from .shim import gl
 
@@ -65,7 +65,7 @@ def variant(plan: Plan, config: HopperConfig | None = None) -> tuple[Features, C
     """The two constexprs of a call's forward kernel."""
     d, dv = padded(plan.d), padded(plan.dv)
     f = features(Config(64, 64, 4, 1, True), plan.d, plan.dv, plan.flags, cut=lambda n: (padded(n),))
-    config = config or default_config(f, plan)
+    config = config or tuned("hopper_fwd", plan, HopperConfig) or default_config(f, plan)
     # a packed sequence's last tile reads the neighbour's keys, which may be NaN
     f = f._replace(BLOCK_M=GROUP_ROWS * config.groups, BLOCK_N=config.block_n, SANITIZE=f.SANITIZE or plan.packed)
     cut = Cut(d, dv, config.groups, config.stages, config.turns, config.split, config.registers,

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from ..spec import Spec, Varlen, bshd_layout, dropout_threshold, lse_layout
-from ..tuning import Config, architecture, lookup
+from ..tuning import Config, architecture, lookup, tuned
 from .common import Features, narrow_parts, split_head_dim
 from .forward import attn_fwd_kernel
 
@@ -166,7 +166,8 @@ class Plan:
         tma = tma and self.tma
         wide = self.dtype == torch.float32
         if config is None:
-            config = lookup(kind, self.arch, wide, max(self.d, self.dv), "tma" if tma else "")
+            config = tuned(kind + "+tma" * tma, self, Config)
+            config = config or lookup(kind, self.arch, wide, max(self.d, self.dv), "tma" if tma else "")
         own_ranges = self.ranges_shape is not None and self.ranges_shape[-3] > 1 and self.hq != self.hkv
         precision = "tf32" if wide and torch.backends.cuda.matmul.allow_tf32 else "ieee"
         cut = narrow_parts if wide and precision == "ieee" else split_head_dim

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Gradients, Needs, Spec, new_strided
-from ..tuning import Config, find
+from ..tuning import Config, find, tuned
 from .common import narrow_parts, split_head_dim
 from .few_keys import few_keys_bwd_kernel, few_keys_fwd_kernel
 from .few_queries import few_queries_bwd_kernel, few_queries_fwd_kernel
@@ -50,7 +50,8 @@ def _config(plan: Plan, kind: str) -> Config | None:
     if kind.startswith("few_queries") and plan.sk <= rows:
         return None
     size = _power(plan.sk if kind.startswith("few_keys") else rows)
-    config = find(f"{kind}/{size}", plan.arch, plan.dtype == torch.float32, max(plan.d, plan.dv))
+    config = tuned(f"{kind}/{size}", plan, Config)
+    config = config or find(f"{kind}/{size}", plan.arch, plan.dtype == torch.float32, max(plan.d, plan.dv))
     costly = any(plan.flags[_ALIBI:_PACKED])  # ALiBi, softcap, sinks, dropout: half the tile, for their registers
     if config is None or (costly and size > 64):
         return None

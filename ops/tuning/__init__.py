@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 import torch
 
+from .cache import tuned
 from .tables import TABLE
+
+__all__ = ["Config", "architecture", "find", "lookup", "tuned"]
 
 
 class Config(NamedTuple):

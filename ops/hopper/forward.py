@@ -35,8 +35,8 @@ from .shim import (
 )
 
 CLEANED_ROWS = gl.constexpr(32)
-# named barriers: stage s of K or V is free (4 stages each), and warpgroup g's turn at the matrix unit
-K_FREE, V_FREE, TURN = gl.constexpr(4), gl.constexpr(8), gl.constexpr(12)
+# named barriers: stage s of K or V is free (4 stages each), warpgroup g's turn at the matrix unit, Q is free
+K_FREE, V_FREE, TURN, Q_FREE = gl.constexpr(4), gl.constexpr(8), gl.constexpr(12), gl.constexpr(15)
 
 
 @gluon.jit
@@ -70,7 +70,7 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, barriers, record_s
     BLOCK_N: gl.constexpr = F.BLOCK_N
     q_desc, k_desc, v_desc = descs
     q_s, k_s, v_s = memory
-    q_full, q_empty, k_full, v_full, item_full, item_empty = barriers
+    q_full, k_full, v_full, item_full, item_empty = barriers
     ranges_ptr, cu_q_ptr, cu_k_ptr, counter_ptr = pointers
     stride_rb, stride_rh, stride_rm = strides
     HQ, GROUP, SQ, SK, max_q, tiles = sizes
@@ -97,9 +97,10 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, barriers, record_s
             masked = gl.where(masked + full_tiles == 0, 1, masked)  # nothing to see: one tile, all of it hidden
             plan = (start, full_start, full_tiles, left, masked)
             mbarrier.wait(item_empty, (items & 1) ^ 1)
-            record_s.store(pack_record((t, q_start, k_start, sq, sk, first, last, gaps) + plan))
+            record_s.store(pack_record((batch, head, row_start, q_start, k_start, sq, sk, first, last, gaps) + plan))
             mbarrier.arrive(item_full, count=1)
-            mbarrier.wait(q_empty, (items & 1) ^ 1)
+            if items > 0:
+                bar_sync(Q_FREE, GROUPS * 128 + 32)
             mbarrier.expect(q_full, GROUPS * q_desc.block_type.nbytes)
             for g in gl.static_range(GROUPS):
                 tma_load(q_desc, [tma_batch, head, q_start + row_start + g * 64, 0], q_full, q_s.index(g))
@@ -123,12 +124,14 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, barriers, record_s
                     values += 1
             items += 1
         t = coming
-    for stage in range(gl.minimum(count, STAGES)):  # leave no barrier half full
+    mbarrier.wait(item_empty, (items & 1) ^ 1)
+    record_s.store(pack_record((-1,)))
+    mbarrier.arrive(item_full, count=1)
+    if items > 0:  # leave no barrier half full
+        bar_sync(Q_FREE, GROUPS * 128 + 32)
+    for stage in range(gl.minimum(count, STAGES)):
         bar_sync(K_FREE + stage, GROUPS * 128 + 32)
         bar_sync(V_FREE + stage, GROUPS * 128 + 32)
-    mbarrier.wait(item_empty, (items & 1) ^ 1)
-    record_s.store(pack_record((total,)))
-    mbarrier.arrive(item_full, count=1)
     # the last program leaves the counters as it found them
     if gl.atomic_add(counter_ptr + 1, 1) == gl.num_programs(0) - 1:
         gl.store(counter_ptr, 0)
@@ -232,8 +235,19 @@ def _tile_softmax(s, m, l, n0, masked, lo, hi, row, weight, removed, terms, rule
 
 
 @gluon.jit
+def _first_product(going, q, k_s, q_full, k_full, items, count, zero, F: gl.constexpr, C: gl.constexpr):
+    """Q K^T of an item's first tile, in flight; of whatever lies there where no item is to come (going < 0)."""
+    stage = count % C.STAGES
+    if going >= 0:
+        mbarrier.wait(q_full, items & 1)
+        mbarrier.wait(k_full.index(stage), (count // C.STAGES) & 1)
+    k = k_s.index(stage).reshape([F.BLOCK_N, C.D]).permute((1, 0))
+    return warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memory, barriers, record_s, pointers,
-             strides, sizes, numbers, total):  # fmt: skip
+             strides, sizes, numbers):  # fmt: skip
     """A consumer warpgroup: 64 rows of out and lse of every item."""
     GROUPS: gl.constexpr = C.GROUPS
     STAGES: gl.constexpr = C.STAGES
@@ -247,10 +261,10 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
     COL: gl.constexpr = gl.SliceLayout(0, LS)
     ROW_O: gl.constexpr = gl.SliceLayout(1, LO)
     q_s, k_s, v_s, o_s = memory
-    q_full, q_empty, k_full, v_full, item_full, item_empty, cleaned = barriers
+    q_full, k_full, v_full, item_full, item_empty, cleaned = barriers
     ranges_ptr, weight_ptr, slopes_ptr, sinks_ptr, seed_ptr, o_ptr, lse_ptr = pointers
     stride_rb, stride_rh, stride_rm, stride_wb, stride_wh, stride_ab = strides
-    HQ, KV_GROUP, SQ, SK, tiles = sizes
+    HQ, KV_GROUP, SQ, SK = sizes
     scale, softcap, keep_scale, window_left, window_right, threshold, off_b, off_h, off_m, off_n = numbers
     dtype: gl.constexpr = k_s.dtype
     q = q_s.index(GROUP).reshape([64, D])
@@ -259,17 +273,19 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
     zero = gl.zeros([64, BLOCK_N], gl.float32, LS)
 
     mbarrier.wait(item_full, 0)
-    t, q_start, k_start, sq, sk, first, last, gaps, start, full_start, full_tiles, left, masked = unpack_record(
-        record_s, 13
-    )
+    record = unpack_record(record_s, 15)
     mbarrier.arrive(item_empty, count=1)
-    items = t * 0
-    count = t * 0  # tiles done, over all items
-    phases = t * 0
+    items = record[0] * 0
+    count = record[0] * 0  # tiles done, over all items
+    phases = record[0] * 0
     if C.TURNS and GROUP == GROUPS - 1:
         bar_arrive(TURN, 256)
-    while t < total:
-        batch, head, row_start = _place(t, HQ, tiles, F.BLOCK_M)
+    s = _first_product(record[0], q, k_s, q_full, k_full, items, count, zero, F, C)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    while record[0] >= 0:
+        batch, head, row_start, q_start, k_start, sq, sk, first, last, gaps = record[:10]
+        start, full_start, full_tiles, left, masked = record[10:]
+        n_tiles = masked + full_tiles
         if not F.VARLEN:
             sq = SQ
             sk = SK
@@ -302,18 +318,15 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             l = gl.where(m == float("-inf"), 0.0, l + 1.0)
         acc = gl.zeros([64, DV], gl.float32, LO)
 
-        mbarrier.wait(q_full, items & 1)
-        stage = count % STAGES
-        mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
-        k = k_s.index(stage).reshape([BLOCK_N, D]).permute((1, 0))
-        s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+        bar_arrive(K_FREE + count % STAGES, GROUPS * 128 + 32)
+        if not C.SHARE:  # noqa: SIM102 (a branch at run time inside one at compile time)
+            if n_tiles == 1:
+                bar_arrive(Q_FREE, GROUPS * 128 + 32)
         n0 = tile_start(0, plan, BLOCK_N)
         weight, removed = _tile_weights(weights, n0, sk, COL, F)
-        s = warpgroup_mma_wait(0, deps=(s,))
-        bar_arrive(K_FREE + stage, GROUPS * 128 + 32)
         p, m, l, alpha = _tile_softmax(s, m, l, n0, masked > 0, lo, hi, row, weight, removed, terms, rules, LS, F, C)
         pd = gl.convert_layout(p.to(dtype), LP)
-        for i in range(1, masked + full_tiles):
+        for i in range(1, n_tiles):
             before = count % STAGES
             stage = (count + 1) % STAGES
             if C.TURNS:
@@ -331,6 +344,9 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             weight, removed = _tile_weights(weights, n0, sk, COL, F)
             s = warpgroup_mma_wait(1, deps=(s,))
             bar_arrive(K_FREE + stage, GROUPS * 128 + 32)
+            if not C.SHARE:  # noqa: SIM102
+                if i == n_tiles - 1:
+                    bar_arrive(Q_FREE, GROUPS * 128 + 32)
             p, m, l, alpha = _tile_softmax(
                 s, m, l, n0, i < masked, lo, hi, row, weight, removed, terms, rules, LS, F, C
             )
@@ -343,14 +359,33 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             acc = acc * gl.convert_layout(alpha, ROW_O)[:, None]
             pd = gl.convert_layout(p.to(dtype), LP)
             count += 1
-        if not C.SHARE:
-            mbarrier.arrive(q_empty, count=1)
-        i = masked + full_tiles - 1
         phases = _wait_for_values(
-            v_s, v_full, cleaned, phases, count, i, plan, seen, removed, row_start, rules, weights, GROUP, F, C
+            v_s,
+            v_full,
+            cleaned,
+            phases,
+            count,
+            n_tiles - 1,
+            plan,
+            seen,
+            removed,
+            row_start,
+            rules,
+            weights,
+            GROUP,
+            F,
+            C,
         )
         stage = count % STAGES
         acc = warpgroup_mma(pd, v_s.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
+
+        count += 1
+        items += 1
+        mbarrier.wait(item_full, items & 1)
+        record = unpack_record(record_s, 15)
+        mbarrier.arrive(item_empty, count=1)
+        if not C.SHARE:  # the next item's first product runs under what is left of this one
+            s = _first_product(record[0], q, k_s, q_full, k_full, items, count, zero, F, C)
 
         # a row that met no key: l is 0, or it holds the sink alone, and acc is 0 either way
         nothing = l == 0.0
@@ -361,10 +396,11 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
         gl.store(lse_at + row, lse, mask=row < sq)
         factor = gl.convert_layout(keep_scale / l_safe, ROW_O)
         tma_store_wait(0)  # of the item before, from the same memory
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+        if C.SHARE:
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+        else:
+            acc = warpgroup_mma_wait(1, deps=(acc,))
         bar_arrive(V_FREE + stage, GROUPS * 128 + 32)
-        count += 1
-        items += 1
         o_flat.store((acc * factor[:, None]).to(dtype))
         if F.VARLEN:  # a bulk store would not stop at the sequence's end
             _store_rows(o_ptr, o_flat, q_start, row_start + GROUP * 64, sq, head, HQ, F, C)
@@ -373,12 +409,9 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             tma_store(o_desc, [batch, head, row_start + GROUP * 64, 0], o)
         if C.SHARE:
             tma_store_wait(0)
-            mbarrier.arrive(q_empty, count=1)
-        mbarrier.wait(item_full, items & 1)
-        t, q_start, k_start, sq, sk, first, last, gaps, start, full_start, full_tiles, left, masked = unpack_record(
-            record_s, 13
-        )
-        mbarrier.arrive(item_empty, count=1)
+            bar_arrive(Q_FREE, GROUPS * 128 + 32)
+            s = _first_product(record[0], q, k_s, q_full, k_full, items, count, zero, F, C)
+        s = warpgroup_mma_wait(0, deps=(s,))
     tma_store_wait(0)
     if C.TURNS and GROUP == 0:
         bar_sync(TURN, 256)  # the last turn, which nobody takes
@@ -424,14 +457,12 @@ def attn_fwd_hopper_kernel(q_desc, k_desc, v_desc, o_desc, ranges_ptr, weight_pt
         o_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, 64, C.DV], o_desc.layout)
     record_s = gl.allocate_shared_memory(gl.int32, [16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     item_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     item_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     cleaned = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=GROUPS)
     mbarrier.init(item_full, count=1)
     mbarrier.init(item_empty, count=GROUPS)
     for i in gl.static_range(STAGES):
@@ -440,15 +471,15 @@ def attn_fwd_hopper_kernel(q_desc, k_desc, v_desc, o_desc, ranges_ptr, weight_pt
         mbarrier.init(v_full.index(i), count=1)
     fence_async_shared()
 
-    loads = (q_full, q_empty, k_full, v_full, item_full, item_empty)
+    loads = (q_full, k_full, v_full, item_full, item_empty)
     produced = ((q_desc, k_desc, v_desc), (q_s, k_s, v_s), loads, record_s,
                 (ranges_ptr, cu_q_ptr, cu_k_ptr, counter_ptr), (stride_rb, stride_rh, stride_rm),
                 (HQ, GROUP, SQ, SK, max_q, tiles), (window_left, window_right), total)  # fmt: skip
     numbers = (scale, softcap, keep_scale, window_left, window_right, threshold, off_b, off_h, off_m, off_n)
     consumed = (o_desc, (q_s, k_s, v_s, o_s), loads + (cleaned,), record_s,
                 (ranges_ptr, weight_ptr, slopes_ptr, sinks_ptr, seed_ptr, o_ptr, lse_ptr),
-                (stride_rb, stride_rh, stride_rm, stride_wb, stride_wh, stride_ab), (HQ, GROUP, SQ, SK, tiles),
-                numbers, total)  # fmt: skip
+                (stride_rb, stride_rh, stride_rm, stride_wb, stride_wh, stride_ab),
+                (HQ, GROUP, SQ, SK), numbers)  # fmt: skip
     if GROUPS == 2:
         gl.warp_specialize(
             [(_consume, (0, F, C) + consumed), (_consume, (1, F, C) + consumed), (_produce, (F, C) + produced)],

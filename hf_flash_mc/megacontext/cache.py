@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+MASS_ELEMENTS = 2**26  # attention weights made at a time by `attention_mass`
+
 
 class SlotLayer(CacheLayerMixin):
     """One layer's view of a `MegaContextCache`: what transformers' attention modules and `mc_attention` talk to."""
@@ -38,7 +40,7 @@ class SlotLayer(CacheLayerMixin):
                 f"MegaContextCache: expected keys of {last - first} new tokens of one history (see `open`), got "
                 f"{list(key_states.shape)}; run the model through the session"
             )
-        held = cache.kv[self.index]  # [2, Hkv, capacity, D]
+        held = cache.kv[:, self.index]  # [2, Hkv, capacity, D]
         held[0, :, first:last] = key_states[0]
         held[1, :, first:last] = value_states[0]
         keys, values = held[0, None, :, : cache.end], held[1, None, :, : cache.end]
@@ -90,7 +92,8 @@ class MegaContextCache(Cache):
         observe: how many of the last queries are kept, for `attention_mass`; 0 keeps none.
 
     Attributes:
-        kv: ``[L, 2, Hkv, capacity, D]``. log_weight: float32 ``[L, Hkv, capacity]``, -inf where a slot is free.
+        kv: ``[2, L, Hkv, capacity, D]``, keys and values.
+        log_weight: float32 ``[L, Hkv, capacity]``, -inf where a slot is free.
         token: int64 ``[capacity]`` on the device, the token (of a gist: the central one) a slot stands for.
         end: columns [0, end) are attended to. columns: those of the tokens being run.
         plain: these hold tokens only, no gist and nothing free: the base model's own attention, without weights.
@@ -111,7 +114,7 @@ class MegaContextCache(Cache):
         layers = len(windows)
         super().__init__(layers=[SlotLayer(self, index, window) for index, window in enumerate(windows)])
         self.capacity, self.observe = capacity, observe
-        self.kv = torch.zeros(layers, 2, num_kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        self.kv = torch.zeros(2, layers, num_kv_heads, capacity, head_dim, dtype=dtype, device=device)
         self.log_weight = torch.full((layers, num_kv_heads, capacity), -torch.inf, device=device)
         self.token = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.queries = torch.zeros(layers, num_heads, observe, head_dim, dtype=dtype, device=device)
@@ -213,7 +216,7 @@ class MegaContextCache(Cache):
         payload ``[n, L, 2, Hkv, D]``; token int64 [n]; log_weight ``[n, L, Hkv]`` for gists, None for tokens (0).
         """
         index = self._index(slots)
-        self.kv.index_copy_(3, index, payload.to(self.kv).permute(1, 2, 3, 0, 4))
+        self.kv.index_copy_(3, index, payload.to(self.kv).permute(2, 1, 3, 0, 4))
         self.token.index_copy_(0, index, torch.from_numpy(np.array(token, np.int64)).to(self.device))
         self.gist[slots] = log_weight is not None
         if log_weight is None:
@@ -223,7 +226,7 @@ class MegaContextCache(Cache):
 
     def read(self, slots: np.ndarray) -> Tensor:
         """Keys and values ``[n, L, 2, Hkv, D]`` of slots."""
-        return self.kv.index_select(3, self._index(slots)).permute(3, 0, 1, 2, 4)
+        return self.kv.index_select(3, self._index(slots)).permute(3, 1, 0, 2, 4)
 
     def window_mask(self, window: int) -> Tensor:
         """bool [1, 1, S, end]: slots whose token lies less than ``window`` before the row's; made once a forward."""
@@ -271,20 +274,24 @@ class MegaContextCache(Cache):
 
         Layers with a sliding window are left out where others exist: they cannot see far.
         """
-        queries = self.last_queries()
+        queries, end = self.last_queries(), self.end
         rows = queries.shape[2]
-        mass = torch.zeros(self.end, device=self.device)
+        mass = torch.zeros(end, device=self.device)
         layers = [index for index, window in enumerate(self.windows) if window is None] or list(range(len(self.layers)))
         if not rows:
             return mass
-        for layer in layers:
-            keys = self.kv[layer, 0, :, : self.end]  # [Hkv, end, D]
-            grouped = queries[layer].reshape(keys.shape[0], -1, keys.shape[-1])  # [Hkv, G * n, D]
-            logits = torch.matmul(grouped, keys.transpose(-1, -2)).float() * scaling[layer]
+        heads, dim = self.kv.shape[2], self.kv.shape[4]
+        step = max(1, MASS_ELEMENTS // (queries.shape[1] * rows * end))  # layers at a time
+        for part in (layers[i : i + step] for i in range(0, len(layers), step)):
+            whole = slice(part[0], part[-1] + 1) if len(part) == part[-1] + 1 - part[0] else part
+            keys = self.kv[0, whole, :, :end]  # [l, Hkv, end, D]
+            factor = torch.tensor([scaling[layer] for layer in part]).to(keys)[:, None, None, None]
+            grouped = (queries[whole] * factor).reshape(len(part), heads, -1, dim)  # [l, Hkv, G * n, D]
+            logits = torch.matmul(grouped, keys.transpose(-1, -2)).float()
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
-            logits += self.log_weight[layer, :, None, : self.end]
-            mass += logits.softmax(-1).mean((0, 1))
+            logits += self.log_weight[whole, :, None, :end]
+            mass += logits.softmax(-1).mean((1, 2)).sum(0)
         return mass / len(layers)
 
     def reset(self) -> None:

@@ -24,7 +24,7 @@ def plot_session(session: MegaContextSession, path: str | Path | None = None) ->
     """
     from matplotlib.figure import Figure
 
-    wc, scores = session.working_context, session.last_scores
+    wc = session.working_context
     figure = Figure(figsize=(11, 6), layout="constrained")
     levels, marks, edits = figure.subplots(3, 1, sharex=True, height_ratios=(1, 1, 1.4))
     for lod in range(session.config.max_lod + 1):
@@ -38,11 +38,11 @@ def plot_session(session: MegaContextSession, path: str | Path | None = None) ->
     levels.set_ylabel("level of detail")
     levels.set_title(f"{wc.total} tokens in {len(wc)} of {session.config.w_max} slots")
     levels.legend(loc="upper left", ncols=session.config.max_lod + 1, fontsize="small")
-    if scores is not None and len(scores) == len(wc):
-        middle = wc.start + wc.span / 2
-        marks.scatter(middle, scores.numpy(), s=4, c=[_colour(lod) for lod in wc.lod.tolist()])
+    if session.last_scores is not None:
+        start, lods, scores = session.last_scores
+        marks.scatter(start + wc.spans[lods] / 2, scores, s=4, c=[_colour(lod) for lod in lods.tolist()])
     marks.axhline(0, color="0.8", lw=0.8, zorder=0)
-    marks.set_ylabel("score")
+    marks.set(ylabel="last scores", ylim=(-1.05, 1.05))
     for kind, colour, label in ((1, "#1b7837", "expanded"), (-1, "#762a83", "collapsed")):
         chosen = np.array([edit for edit in session.stats.edits if edit[1] == kind], np.int64).reshape(-1, 4)
         width, height = session.config.block_size ** chosen[:, 3], max(wc.total / 150, 1)

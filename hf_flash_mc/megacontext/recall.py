@@ -145,7 +145,7 @@ def find_heads(addon: MegaContext, count: int = HEADS) -> list[tuple[int, int]]:
     layers = [i for i, window in enumerate(cache.windows) if window is None] or list(range(len(cache.layers)))
     scores: list[tuple[float, int, int]] = []
     for layer in layers:
-        keys = cache.kv[layer, 0, :, : 2 * repeated].float()
+        keys = cache.kv[0, layer, :, : 2 * repeated].float()
         grouped = queries[layer].float().unflatten(0, (keys.shape[0], -1))  # [Hkv, G, n, D]
         logits = torch.einsum("hgnd,htd->hgnt", grouped, keys) * session.scaling[layer]
         weights = logits.masked_fill(later, -torch.inf).softmax(-1).flatten(0, 1)

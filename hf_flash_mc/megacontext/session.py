@@ -99,7 +99,7 @@ class MegaContextSession:
             recall = addon.lens.reads == "recall"
         if recall is not False:
             self._keep_recall(None if recall is True else recall)
-        self.last_scores: Tensor | None = None
+        self.last_scores: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # start, lod, score [N]
         self._by_mass = GistMassLens(self.config)
         self._entries: EntryEmbeddings | None = None  # made for trained lenses
 
@@ -186,8 +186,9 @@ class MegaContextSession:
     def scores(self, keep: int = 0) -> Tensor:
         """The lens's scores of the working context, float32 [N] on the CPU; ``keep`` tokens stay out of the tree."""
         with self.stats.time("lens"), torch.no_grad():
-            self.last_scores = self.addon.lens.score(self.lens_input(keep)).detach().cpu()
-        return self.last_scores
+            scores = self.addon.lens.score(self.lens_input(keep)).detach().cpu()
+        self.last_scores = self.working_context.start, self.working_context.lod, scores.numpy()
+        return scores
 
     def lens_input(self, keep: int = 0) -> LensInput:
         """What the lens is shown of the working context, on the device."""

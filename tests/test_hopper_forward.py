@@ -143,7 +143,7 @@ def test_emulator_notices(old: str, new: str, tmp_path: Path, monkeypatch: pytes
 
 VARIANTS = ("128-causal-512", "128-ranges-512")
 # spill stores beyond 0: of the producer warp, which waits most of its time
-SPILLS = {("128-ranges-512", "3.6"): 11, ("128-ranges-512", "3.9"): 11}
+SPILLS = {("128-ranges-512", "3.6"): 16, ("128-ranges-512", "3.9"): 14}
 
 
 def test_compiles_within_limits_and_overlaps() -> None:
@@ -164,7 +164,7 @@ def test_compiles_within_limits_and_overlaps() -> None:
             assert between >= 64, costs
             assert after == 0, costs
         # ours are 4 to 15; a compiler that took one of them would make warps wait for the wrong thing
-        assert {n for n in costs["barriers"] if n >= 4} == {12, 13}, costs
+        assert {n for n in costs["barriers"] if n >= 4} == {12, 13, 15}, costs
 
 
 REFUSED = [

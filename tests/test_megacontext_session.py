@@ -427,7 +427,7 @@ def test_wrong_use_is_named() -> None:
     session = model.megacontext.session()
     with pytest.raises(ValueError, match=f"ids from 0 to {VOCAB - 1}"):
         session.ingest([1, VOCAB])
-    with pytest.raises(ValueError, match="one history"):
+    with pytest.raises(NotImplementedError, match="a session for each"):
         session.ingest(torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="history is empty"):
         session.generate()

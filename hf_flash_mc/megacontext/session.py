@@ -482,6 +482,10 @@ class MegaContextSession:
 
     def _checked_ids(self, input_ids: Any) -> Tensor:
         ids = torch.as_tensor(input_ids)
+        if ids.dim() == 2 and ids.shape[0] > 1:
+            raise NotImplementedError(
+                f"input_ids: {ids.shape[0]} histories in one batch; a session is one history: open a session for each"
+            )
         if ids.dim() == 2 and ids.shape[0] == 1:
             ids = ids[0]
         if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:

@@ -142,7 +142,7 @@ class Launch:
             self.runner = _runner(compiled, self)
 
 
-_MAPS_KEPT = 256  # addresses of one argument, whose encoded tensor maps are kept
+_MAPS_KEPT = 256  # sets of addresses whose encoded tensor maps are kept
 
 
 def _runner(compiled: Any, of: Launch) -> Callable[[list[Tensor], list[int]], None]:
@@ -171,7 +171,7 @@ def _runner(compiled: Any, of: Launch) -> Callable[[list[Tensor], list[int]], No
         for m, t in zip(metas, described, strict=True)
     ]
     sizes = [(*t.shape, *t.strides) for t in described]
-    known: list[dict[int, Any]] = [{} for _ in described]
+    known: dict[tuple[int, ...], list[Any]] = {}  # by the addresses of all bases
     function, metadata, runtime = compiled.function, compiled.packed_metadata, triton.knobs.runtime
     cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
     current_stream, device = torch._C._cuda_getCurrentRawStream, torch.cuda.current_device()
@@ -180,16 +180,14 @@ def _runner(compiled: Any, of: Launch) -> Callable[[list[Tensor], list[int]], No
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook  # None, a function, or a chain of them
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             return through_triton(bases, addresses)
-        args: list[Any] = []
-        for base, maps, constant, size in zip(bases, known, fixed, sizes, strict=True):
-            address = base.data_ptr()
-            encoded = maps.get(address)
-            if encoded is None:
-                if len(maps) >= _MAPS_KEPT:
-                    maps.clear()
-                encoded = maps[address] = encode(address, *constant)
-            args.append(encoded)
-            args += size
+        at = tuple([base.data_ptr() for base in bases])
+        args = known.get(at)
+        if args is None:
+            if len(known) >= _MAPS_KEPT:
+                known.clear()
+            args = known[at] = []
+            for address, constant, size in zip(at, fixed, sizes, strict=True):
+                args += (encode(address, *constant), *size)
         launch(*grid, current_stream(device), function, cooperative, dependent, None, None, metadata, None, None, None,
                *args, *addresses, *rest)  # fmt: skip
         return None

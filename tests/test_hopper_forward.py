@@ -76,6 +76,7 @@ CASES = [
     Case(**{**BF16, "D": 128}, Sq=140, Sk=140, causal=True),
     Case(**{**BF16, "D": 256}, Sq=70, Sk=100, causal=True),
     Case(**BF16, varlen=((70, 70), (0, 5), (130, 200), (1, 0), (30, 30))),
+    Case(**{**BF16, "D": 256}, varlen=((70, 70), (130, 100), (90, 90))),
     Case(**BF16, varlen=((70, 130), (130, 70)), causal=True, window=(50, None), poison=True),
     Case(**BF16, varlen=((70, 70), (90, 60)), key_ranges="packed", key_log_weight="h", sinks=True, alibi="bh"),
     Case(**BF16, Sq=150, Sk=150, causal=True, key_ranges="packed", softcap=3.0, sinks=True, alibi="h",

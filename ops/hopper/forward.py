@@ -409,6 +409,8 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             tma_store(o_desc, [batch, head, row_start + GROUP * 64, 0], o)
         if C.SHARE:
             tma_store_wait(0)
+            if F.VARLEN:
+                fence_async_shared()  # queries come over what was stored here without a bulk copy
             bar_arrive(Q_FREE, GROUPS * 128 + 32)
             s = _first_product(record[0], q, k_s, q_full, k_full, items, count, zero, F, C)
         s = warpgroup_mma_wait(0, deps=(s,))

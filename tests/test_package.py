@@ -130,7 +130,7 @@ def test_env_command_names_versions_and_back_end() -> None:
     result = CliRunner().invoke(app, ["env"])
     assert result.exit_code == 0, result.output
     assert f"torch: {torch.__version__}" in result.output
-    assert "attention on cpu, float32: " in result.output
+    assert "attention on cpu, float32, causal: cpu" in result.output
     assert result.output.count("```") == 2
 
 

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import torch
 
 import hf_flash_mc
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft")
-HEAD_DIM, LENGTH = 64, 128  # of the sample call whose back end is explained
+PEERS = (("FA3", "flash_attn_interface"), ("FA4-CuTe", "flash_attn.cute"))
+# the calls whose back end is explained: name, head dim, queries, keys and the option beside
+SAMPLE_CALLS: tuple[tuple[str, tuple[int, int, int, str]], ...] = (
+    ("causal", (64, 1024, 1024, "causal")),
+    ("windows of 32", (64, 32, 32, "causal")),
+    ("decode", (128, 1, 1024, "causal")),
+    ("boolean mask", (64, 128, 128, "mask")),
+)
 
 
 def describe_environment() -> str:
-    """One "name: value" line each: versions, Python, system, GPUs, environment variables, back ends and why."""
+    """One "name: value" line each: versions, Python, system, GPUs, environment variables, back ends and why, caches."""
     lines = [f"hf-flash-mc: {hf_flash_mc.__version__}"]
     lines += [f"{name}: {installed_version(name)}" for name in PACKAGES]
     lines.append(f"python: {platform.python_version()} on {platform.platform()}")
     lines.append(f"cpu: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     lines += gpu_lines()
     lines += [f"{name}={value}" for name, value in sorted(os.environ.items()) if is_setting(name)]
-    for device, dtype in sample_calls():
-        lines.append(f"attention on {device.type}, {str(dtype).removeprefix('torch.')}: {explanation(device, dtype)}")
+    lines += [f"peer {name}: {module_state(module)}" for name, module in PEERS]
+    for device, dtype in sample_devices():
+        where = f"attention on {device.type}, {str(dtype).removeprefix('torch.')}"
+        lines += [f"{where}, {name}: {explanation(device, dtype, call)}" for name, call in SAMPLE_CALLS]
+    lines += cache_lines()
     return "\n".join(lines)
 
 
@@ -51,17 +64,46 @@ def is_setting(name: str) -> bool:
     return name.startswith(("HF_FLASH_MC_", "TRITON_", "TORCHINDUCTOR_")) or name in ("CUDA_VISIBLE_DEVICES",)
 
 
-def sample_calls() -> list[tuple[torch.device, torch.dtype]]:
-    """The calls whose back end is explained: the CPU, and the GPU where there is one."""
-    calls = [(torch.device("cpu"), torch.float32)]
+def module_state(name: str) -> str:
+    """Whether a module could be imported; it is not."""
+    try:
+        return "installed" if importlib.util.find_spec(name) else "not installed"
+    except ImportError:  # the package above it is missing
+        return "not installed"
+
+
+def sample_devices() -> list[tuple[torch.device, torch.dtype]]:
+    """Where the back end is explained: the CPU, and the GPU where there is one."""
+    devices = [(torch.device("cpu"), torch.float32)]
     if torch.cuda.is_available():
-        calls += [(torch.device("cuda"), torch.bfloat16)]
-    return calls
+        devices += [(torch.device("cuda"), torch.bfloat16)]
+    return devices
 
 
-def explanation(device: torch.device, dtype: torch.dtype) -> str:
-    """What ``impl="auto"`` would choose for a small causal call, and why."""
+def explanation(device: torch.device, dtype: torch.dtype, call: tuple[int, int, int, str]) -> str:
+    """What ``impl="auto"`` would choose for a call of 4 heads with one option, and why; nothing runs."""
     from hf_flash_mc.ops import explain_attention
 
-    q, k, v = (torch.zeros(1, 4, LENGTH, HEAD_DIM, device=device, dtype=dtype) for _ in range(3))
-    return " ".join(str(explain_attention(q, k, v, causal=True)).split())
+    head_dim, queries, keys, option = call
+    q, k, v = (
+        torch.empty(1, n, 4, head_dim, device=device, dtype=dtype).transpose(1, 2) for n in (queries, keys, keys)
+    )
+    options: dict[str, Any] = (
+        {"causal": True} if option == "causal" else {option: torch.ones(queries, keys, device=device) > 0}
+    )
+    return " ".join(str(explain_attention(q, k, v, **options)).split())
+
+
+def cache_lines() -> list[str]:
+    """Where tuned tile sizes and compiled kernels are kept, and what is there for this GPU."""
+    from hf_flash_mc.ops.tuning import cache
+
+    try:
+        found = cache.read()
+        use = "used" if cache.enabled() else f"not used: {cache.SETTING}=shipped"
+        here = len(found.get(cache.owner(), {})) if found else 0
+        state = f"{here} rows hold here, {sum(map(len, found.values())) - here} for other GPUs or versions; {use}"
+    except ValueError as error:
+        state = f"broken: {error}"
+    compiled = os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "cache")
+    return [f"tuning cache: {cache.path()}: {state}", f"compiled kernels: {compiled}"]

@@ -148,8 +148,8 @@ def native(p: Piece, backward: bool = True) -> tuple[Tensor, ...]:
 def _textbook(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: Any = None, key_ranges: Tensor | None = None,
     mask: Tensor | None = None, bias: Tensor | None = None, key_log_weight: Tensor | None = None,
-    softcap: float | None = None, sinks: Tensor | None = None, dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None, dropout_offsets: tuple[int, ...] = (0, 0, 0, 0),
+    alibi_slopes: Tensor | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+    dropout_p: float = 0.0, dropout_seed: Tensor | None = None, dropout_offsets: tuple[int, ...] = (0, 0, 0, 0),
 ) -> Tensor:  # fmt: skip
     b, h, sq, d = q.shape
     group, sk, device = h // k.shape[1], k.shape[2], q.device
@@ -157,6 +157,9 @@ def _textbook(
     logits = q @ k.transpose(-1, -2) * d**-0.5  # [B, H, Sq, Sk]
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
+    if alibi_slopes is not None:
+        distance = (torch.arange(sq, device=device)[:, None] + (sk - sq) - torch.arange(sk, device=device)).abs()
+        logits = logits - (alibi_slopes.double().reshape(-1, h, 1, 1) * distance).to(q.dtype)
     if bias is not None:
         logits = logits + bias.to(q.dtype)
     if key_log_weight is not None:
@@ -178,9 +181,11 @@ def _textbook(
     return p @ v
 
 
-def error_and_bound(actual: Tensor, exact: Tensor, native: Tensor) -> tuple[float, float]:
-    """max |actual - exact| (inf where actual is not finite), and the most it may be."""
-    dtype = actual.dtype
+def error_and_bound(
+    actual: Tensor, exact: Tensor, native: Tensor, dtype: torch.dtype | None = None
+) -> tuple[float, float]:
+    """max |actual - exact| (inf where actual is not finite), and the most it may be in ``dtype`` (None: actual's)."""
+    dtype = dtype or actual.dtype
     actual, exact, native = (x.detach().double() for x in (actual, exact, native))
     error = (actual - exact).abs().amax().item() if actual.isfinite().all() else float("inf")
     return error, 2 * (native - exact).abs().amax().item() + TOLERANCE[dtype] * exact.abs().amax().item()

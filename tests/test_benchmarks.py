@@ -144,8 +144,25 @@ def test_time_limit_ends_the_run_and_says_what_is_missing(tmp_path: Path, capsys
     out = tmp_path / "cut.csv"
     assert run.main(["--device", "cpu", "--time-limit", "0", "--only", "decode", "windows", "--out", str(out)]) == 3
     printed = capsys.readouterr().out
-    assert "missing:\nd16-full-b3-h2:2-q8-k8\nd16-full-b2-h4:2-q1-k40\n" in printed
+    assert "missing (time limit, or the error beside it):\nd16-full-b3-h2:2-q8-k8\nd16-full-b2-h4:2-q1-k40\n" in printed
     assert not out.exists()
+
+
+def test_cell_that_fails_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = timing.measure_cell
+
+    def measure(cell: Cell, *rest: object) -> list[record.Line]:
+        if cell.group == "windows":
+            raise MemoryError("no room")
+        return real(cell, *rest)
+
+    monkeypatch.setattr(timing, "measure_cell", measure)
+    out = tmp_path / "x.csv"
+    assert run.main(["--device", "cpu", "--only", "decode", "windows", "--out", str(out)]) == 3
+    assert "d16-full-b3-h2:2-q8-k8: MemoryError: no room" in capsys.readouterr().out
+    assert {r["cell"] for r in rows_of(out)} == {"d16-full-b2-h4:2-q1-k40"}
 
 
 @pytest.mark.parametrize(

@@ -89,9 +89,10 @@ class _Session:
         self, cells: list[registry.Cell], implementations: dict[str, peers.Maker], effort: timing.Effort, host: bool
     ) -> int:
         attention, training_cells = ([c for c in cells if (c.group == "train") == t] for t in (False, True))
-        if self.device.type == "cuda" and attention:
+        needed = [*([timing.HOST_CELL] if host else []), *attention]
+        if self.device.type == "cuda" and needed:
             mine = [n for n in implementations if n in (*peers.OURS, "plain")]
-            slow = warm.compile_cells(attention, self.dtype, mine, min(300.0, 0.5 * self.left()))
+            slow = warm.compile_cells(needed, self.dtype, mine, min(300.0, 0.5 * self.left()))
             if slow:
                 print(f"not compiled in time or failed, left to the measurement: {', '.join(slow)}", flush=True)
         longest = 2.0
@@ -103,7 +104,10 @@ class _Session:
                     self.missing.append(cell.name)
                     continue
                 start = time.monotonic()
-                self.add(timing.measure_cell(cell, self.device, self.dtype, implementations, effort))
+                try:
+                    self.add(timing.measure_cell(cell, self.device, self.dtype, implementations, effort))
+                except Exception as error:  # out of memory in the reference, say: the other cells still count
+                    self.missing.append(f"{cell.name}: {type(error).__name__}: {str(error)[:200]}")
                 longest = max(longest, time.monotonic() - start)
                 self.clean()
                 bar.step(cell.name)
@@ -116,6 +120,8 @@ class _Session:
         return self.summary()
 
     def add(self, lines: list[Line]) -> None:
+        if not lines:
+            return
         self.lines += lines
         record.write(self.lines, self.run, self.path)
         for direction in dict.fromkeys(x.direction for x in lines):
@@ -132,7 +138,7 @@ class _Session:
         if wrong:
             print("\n".join(["wrong results, not timed:", *wrong]))
         if self.missing:
-            print("\n".join(["time limit reached; missing:", *self.missing]))
+            print("\n".join(["missing (time limit, or the error beside it):", *self.missing]))
         print(f"wrote {len(self.lines)} lines to {self.path.name}" if self.lines else "nothing was measured")
         return WRONG if wrong else INCOMPLETE if self.missing else 0
 

@@ -255,11 +255,10 @@ class MegaContextCache(Cache):
         if self.observe:
             self._query_at = (self._query_at - count) % self.observe
 
-    def last_queries(self) -> Tensor:
-        """``[L, Hq, n, D]``, n <= observe, oldest first."""
-        rows = torch.arange(self._query_at - self._query_count, self._query_at, device=self.device) % max(
-            self.observe, 1
-        )
+    def last_queries(self, last: int | None = None) -> Tensor:
+        """``[L, Hq, n, D]``, n <= observe (and <= last), oldest first."""
+        count = self._query_count if last is None else min(last, self._query_count)
+        rows = torch.arange(self._query_at - count, self._query_at, device=self.device) % max(self.observe, 1)
         return self.queries.index_select(2, rows)
 
     def set_queries(self, queries: Tensor) -> None:
@@ -269,12 +268,12 @@ class MegaContextCache(Cache):
         self._query_count, self._query_at = count, count % max(self.observe, 1)
 
     @torch.no_grad()
-    def attention_mass(self, scaling: list[float], softcap: float | None = None) -> Tensor:
+    def attention_mass(self, scaling: list[float], softcap: float | None = None, last: int | None = None) -> Tensor:
         """The share of attention that each column got from the last queries, float32 [end]: mean over layers and heads.
 
         Layers with a sliding window are left out where others exist: they cannot see far.
         """
-        queries, end = self.last_queries(), self.end
+        queries, end = self.last_queries(last), self.end
         rows = queries.shape[2]
         mass = torch.zeros(end, device=self.device)
         layers = [index for index, window in enumerate(self.windows) if window is None] or list(range(len(self.layers)))

@@ -26,8 +26,9 @@ class LensInput:
     token goes), an int or an int64 tensor of no dimension.
     entries: ``[N, d]``, an embedding of each entry; tail: ``[t, d]``, gists of the latest history in any order;
     attention_mass: ``[N]``, attention that the latest queries pay to each entry, summed or averaged over layers and
-    heads, any scale; generator: for random choices. None where a lens does not need it. count: int32 of no dimension
-    where only the first entries are real and the rest is padding, whose score is 0 (for CUDA graphs: ``GraphedLens``).
+    heads, any scale; recall: ``[N]``, what a `RecallIndex` finds; generator: for random choices. None where a lens does
+    not need it. count: int32 of no dimension where only the first entries are real and the rest is padding, whose
+    score is 0 (for CUDA graphs: ``GraphedLens``).
     """
 
     start: Tensor
@@ -38,6 +39,7 @@ class LensInput:
     attention_mass: Tensor | None = None
     generator: torch.Generator | None = None
     count: Tensor | None = None
+    recall: Tensor | None = None
 
     @classmethod
     def of(cls, context: Any, device: Any = "cpu", **more: Any) -> LensInput:
@@ -66,8 +68,7 @@ class LensInput:
 class Lens(nn.Module):
     """The interface. A lens implements ``forward``: scores ``[N]`` in [-1, 1] before legality.
 
-    ``reads``: what a session gives it as ``attention_mass``: "mass", the attention that slots got, or "recall", what
-    the last queries ask for among all exact keys (`RecallIndex`).
+    ``reads``: "recall" if it needs the field of that name, and so a session with a `RecallIndex`; else "mass".
     """
 
     reads = "mass"
@@ -115,34 +116,53 @@ class RecencyLens(Lens):
 
 
 class GistMassLens(Lens):
-    """Training-free: attention mass m of an entry against the median m0 of those that may change, (m - m0) / (m + m0).
+    """Training-free: attention mass m of an entry against the median m0 of its level, (m - m0) / (m + m0).
 
-    A gist that draws attention like one of its tokens would is worth expanding; tokens that draw less than the median
-    are worth collapsing. The sink and the recent tokens draw far more than their share and can never change, so they
-    are left out of the median. On SmolLM2-135M at least as good as recency
+    A gist that draws more attention than other gists is worth expanding, tokens that draw less than other tokens are
+    worth collapsing. Each level has a median of its own, because an untrained gist draws a hundredth of what a token
+    does: against one median for all no gist would ever be expanded. The sink and the recent tokens draw far more than
+    their share and can never change, so they are left out. On SmolLM2-135M at least as good as recency
     (2048 tokens, four expansions).
     """
 
     def forward(self, context: LensInput) -> Tensor:
         """Needs ``attention_mass``."""
         mass = context.need("attention_mass", self).float()
+        return _compared(mass, self.usual(context, mass))
+
+    def usual(self, context: LensInput, mass: Tensor) -> Tensor:
+        """The median over the entries of the same level that may change, ``[N]``; NaN where there are none."""
         end = context.start + self.span(context.lod)
         fixed = (end <= self.sink_tokens) | (end > context.cursor - self.recent_tokens)
         if (real := context.real) is not None:
             fixed = fixed | ~real
-        return _compared(mass, torch.where(fixed, torch.nan, mass).nanmedian())
+        counted, out = torch.where(fixed, torch.nan, mass), torch.full_like(mass, torch.nan)
+        for lod in range(self.max_lod + 1):
+            here = context.lod == lod
+            out = torch.where(here, torch.where(here, counted, torch.nan).nanmedian(), out)
+        return out
 
 
 def _compared(mass: Tensor, usual: Tensor) -> Tensor:
-    """(m - m0) / (m + m0), 0 where both are 0."""
+    """(m - m0) / (m + m0), 0 where both are 0 or one is unknown."""
     total = mass + usual
     return torch.where(total > 0, (mass - usual) / total, 0.0)
 
 
 class RecallLens(GistMassLens):
-    """Training-free, the default: the same of the mass that a `RecallIndex` finds, at every level of detail."""
+    """Training-free, the default: attention mass m times the odds r of what a `RecallIndex` finds, against medians.
+
+    (m r - m0 r0) / (m r + m0 r0). Where a question looks a fact up, r decides: nearly all of some query's attention
+    goes to one block. Where text just goes on, both are about as good as recency.
+    """
 
     reads = "recall"
+
+    def forward(self, context: LensInput) -> Tensor:
+        """Needs ``attention_mass`` and ``recall``."""
+        mass, recall = (context.need(name, self).double() for name in ("attention_mass", "recall"))  # both may be tiny
+        odds = recall / (1 - recall).clamp(min=1e-9)
+        return _compared(mass * odds, self.usual(context, mass) * self.usual(context, odds)).float()
 
 
 class RandomLens(Lens):

@@ -38,9 +38,8 @@ def plot_session(session: MegaContextSession, path: str | Path | None = None) ->
     levels.set_ylabel("level of detail")
     levels.set_title(f"{wc.total} tokens in {len(wc)} of {session.config.w_max} slots")
     levels.legend(loc="upper left", ncols=session.config.max_lod + 1, fontsize="small")
-    if session.last_scores is not None:
-        start, lods, scores = session.last_scores
-        marks.scatter(start + wc.spans[lods] / 2, scores, s=4, c=[_colour(lod) for lod in lods.tolist()])
+    start, lods, scores = session.last_scores
+    marks.scatter(start + wc.spans[lods] / 2, scores, s=4, c=[_colour(lod) for lod in lods.tolist()])
     marks.axhline(0, color="0.8", lw=0.8, zorder=0)
     marks.set(ylabel="last scores", ylim=(-1.05, 1.05))
     for kind, colour, label in ((1, "#1b7837", "expanded"), (-1, "#762a83", "collapsed")):

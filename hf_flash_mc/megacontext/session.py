@@ -23,6 +23,7 @@ from .telemetry import Telemetry
 from .working_context import BudgetError, Change, Edits, WorkingContext
 
 CHUNK = 512  # tokens of one forward while a text is read
+STRONG = 0.9  # a gist of such a score is expanded even if only what is average can pay for it
 OBSERVED = 64  # last queries whose attention scores the working context
 
 
@@ -99,7 +100,8 @@ class MegaContextSession:
             recall = addon.lens.reads == "recall"
         if recall is not False:
             self._keep_recall(None if recall is True else recall)
-        self.last_scores: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # start, lod, score [N]
+        none = np.empty(0, np.int64)
+        self.last_scores = none, none.astype(np.int8), none.astype(np.float32)  # start, lod, score [N]
         self._by_mass = GistMassLens(self.config)
         self._entries: EntryEmbeddings | None = None  # made for trained lenses
 
@@ -184,22 +186,26 @@ class MegaContextSession:
         return edits
 
     def scores(self, keep: int = 0) -> Tensor:
-        """The lens's scores of the working context, float32 [N] on the CPU; ``keep`` tokens stay out of the tree."""
+        """The lens's scores of the working context, float32 [N] on the CPU.
+
+        keep: the last so many tokens ask, and stay out of the tree; 0: the last ``observe`` queries ask.
+        """
         with self.stats.time("lens"), torch.no_grad():
             scores = self.addon.lens.score(self.lens_input(keep)).detach().cpu()
         self.last_scores = self.working_context.start, self.working_context.lod, scores.numpy()
         return scores
 
     def lens_input(self, keep: int = 0) -> LensInput:
-        """What the lens is shown of the working context, on the device."""
+        """What the lens is shown of the working context, on the device; ``keep``: only so many last queries count."""
         wc, lens = self.working_context, self.addon.lens
         trained = isinstance(lens, TrainedLens)
         if trained or lens.reads == "recall":  # they know what is in the tree
             self._commit(len(self) - max(self.config.recent_tokens, keep))
-        mass = None
-        if self.cache.observe:
-            mass = self.recall_mass() if lens.reads == "recall" else self.attention_mass()
+        last = keep or None
+        mass = self.attention_mass(last) if self.cache.observe else None
         context = LensInput.of(wc, self.device, attention_mass=mass, generator=self.generator)
+        if lens.reads == "recall":
+            context.recall = self.recall_mass(last)
         if trained:
             if self._entries is None:
                 embed = self.model.get_input_embeddings()
@@ -210,12 +216,12 @@ class MegaContextSession:
             context.tail = tail if len(tail) else context.entries[-self.config.block_size :].mean(0, keepdim=True)
         return context
 
-    def attention_mass(self) -> Tensor:
-        """The share of attention that each slot of the working context got from the last queries, float32 [N]."""
-        mass = self.cache.attention_mass(self.scaling, self._softcap)
+    def attention_mass(self, last: int | None = None) -> Tensor:
+        """The share of attention that each slot got from the last queries (at most ``last`` of them), float32 [N]."""
+        mass = self.cache.attention_mass(self.scaling, self._softcap, last)
         return mass[torch.from_numpy(self.memory.slots).to(mass.device)]
 
-    def recall_mass(self) -> Tensor:
+    def recall_mass(self, last: int | None = None) -> Tensor:
         """What the copying heads' last queries ask for, by exact keys whatever the level of detail, float32 [N].
 
         ValueError where the session keeps no `RecallIndex`.
@@ -225,7 +231,7 @@ class MegaContextSession:
                 "recall: this session keeps no index; start it with session(recall=True), or with a config of "
                 'lens={"kind": "recall"}'
             )
-        queries, wc = self.cache.last_queries(), self.working_context
+        queries, wc = self.cache.last_queries(last), self.working_context
         blocks = self.memory.recall.mass(queries, self.memory.numbering.next - queries.shape[2]).cpu().numpy()
         return torch.from_numpy(entry_mass(blocks, wc.start, wc.span, self.config.block_size)).to(self.device)
 
@@ -426,13 +432,13 @@ class MegaContextSession:
             scores = self._worth() if scores is None else scores
             try:
                 with self.stats.time("allocate"):
-                    edits, state = self.allocator.make_room(wc, scores, need, self.allocation)
+                    # its state would keep what had to go from coming back for a while: the next refocus knows better
+                    edits, _ = self.allocator.make_room(wc, scores, need, self.allocation)
             except BudgetError:
                 if need == 1:
                     raise
                 need = max(1, need // 2)
                 continue
-            self.allocation = state
             logits = self._logits
             self.apply(edits)
             self._logits = logits  # the text is the same: stale by a collapse of what mattered least
@@ -447,15 +453,24 @@ class MegaContextSession:
             return self._by_mass.score(LensInput.of(wc, self.device, attention_mass=self.attention_mass())).cpu()
 
     def _refocus_once(self, max_edits: int | None = None, keep: int = 0) -> Edits:
-        scores = self.scores(keep)
-        with self.stats.time("allocate"):
-            edits, self.allocation = self.allocator.plan(self.working_context, scores, self.allocation, max_edits)
-        self._since_refocus = 0
+        edits, state = self._plan(max_edits, keep)
+        limit = self.config.max_edits if max_edits is None else max_edits
+        wc = self.working_context
+        asked = min(limit, int((self.last_scores[2][wc.lod > 0] > STRONG).sum()))
+        if asked > (edits.kind > 0).sum():  # nothing that is poor enough pays for them: the poorest does
+            self.make_room(asked * (self.config.block_size - 1), torch.from_numpy(self.last_scores[2]))
+            edits, state = self._plan(max_edits, keep)
+        self.allocation, self._since_refocus = state, 0
         if len(edits):
             self.apply(edits, refocus=True)
         else:
             self.stats.note(self.working_context, edits, 0, True)
         return edits
+
+    def _plan(self, max_edits: int | None, keep: int) -> tuple[Edits, AllocatorState]:
+        scores = self.scores(keep)
+        with self.stats.time("allocate"):
+            return self.allocator.plan(self.working_context, scores, self.allocation, max_edits)
 
     def _commit(self, upto: int) -> None:
         """Put tokens before number ``upto`` into the tree."""

@@ -40,16 +40,12 @@ K_FREE, V_FREE, TURN, Q_FREE = gl.constexpr(4), gl.constexpr(8), gl.constexpr(12
 
 
 @gluon.jit
-def _place(t, HQ, tiles, ROWS: gl.constexpr):
-    """Batch, head and first row of work item t: longest causal rows of a head first."""
-    bh = t // tiles
-    return bh // HQ, bh % HQ, (tiles - 1 - t % tiles) * ROWS
-
-
-@gluon.jit
 def _item(t, HQ, SQ, SK, max_q, tiles, cu_q_ptr, cu_k_ptr, F: gl.constexpr):
-    """Work item t: batch, head, first row, where its sequences start, and their lengths."""
-    batch, head, row_start = _place(t, HQ, tiles, F.BLOCK_M)
+    """Work item t: batch, head, first row, where its sequences start, and their lengths. Longest rows first."""
+    bh = t // tiles
+    batch = bh // HQ
+    head = bh % HQ
+    row_start = (tiles - 1 - t % tiles) * F.BLOCK_M
     if F.VARLEN:
         q_start, sq = sequence_bounds(cu_q_ptr, batch, SQ, max_q)
         k_start, sk = sequence_bounds(cu_k_ptr, batch, SK, SK)

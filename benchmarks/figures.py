@@ -28,6 +28,7 @@ class Figure:
     tflops: float | None = None
     gbps: float | None = None
     peak_gib: float | None = None
+    rms_error: float | None = None
     anchor: bool = False
 
 
@@ -56,7 +57,8 @@ class Figures:
             key = (row["cell"], row["direction"], row["implementation"])
             self.notes[key] = row["note"]
             if row["median_ms"]:
-                numbers = {n: float(row[n]) if row[n] else None for n in ("tflops", "gbps", "peak_gib")}
+                names = ("tflops", "gbps", "peak_gib", "rms_error")
+                numbers = {n: float(row[n]) if row.get(n) else None for n in names}
                 self.found[key] = Figure(float(row["median_ms"]), **numbers)
         self.anchors = read_anchors(anchors)
 
@@ -112,7 +114,7 @@ def read_anchors(path: Path) -> dict[tuple[str, str, str], Figure]:
     for (cell, direction, name), v in values.items():
         flops = cell_of(cell).flops(direction) / 1e9 if direction in ("forward", "backward") else None
         ms = v["ms"] if "ms" in v else flops / v["tflops"] if flops else 0.0
-        found[cell, direction, name] = Figure(ms, flops / ms if flops else None, None, v.get("gib"), anchor=True)
+        found[cell, direction, name] = Figure(ms, flops / ms if flops else None, peak_gib=v.get("gib"), anchor=True)
     return found
 
 

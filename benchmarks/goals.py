@@ -26,6 +26,7 @@ class Goal:
     ours: str = "ours"
     average: float | None = None  # of the ratios of all its cells
     most_gib: float | None = None
+    error: bool = False  # compares errors of the output in place of times; ``against`` in order of preference
 
 
 def _feature(feature: str, percent: int, directions: tuple[str, ...]) -> list[Goal]:
@@ -61,6 +62,10 @@ GOALS = [
          "step", 1.2, STOCK, "ours-compiled"),
     Goal("train-65536", "training step, S 65536: compiled, at most 57 GiB", "train .*-q65536-.*", "step", 1.3,
          ("sdpa-compiled",), "ours-compiled", most_gib=57.0),
+    Goal("accuracy", "RMS error of the output at most 1.1 times FA3's or cuDNN's", "long d(64|128)-.*-q4096-.*",
+         "forward", 1 / 1.1, ("fa3", "cudnn"), error=True),
+    Goal("accuracy-times30", "the same, logits times 30", "accuracy .*", "forward", 1 / 1.1, ("fa3", "cudnn"),
+         error=True),
     *_feature("ranges", 3, ("forward", "both")),
     *_feature("weight", 5, ("forward",)),
     *_feature("weight", 12, ("both",)),
@@ -101,6 +106,8 @@ def _outcome(figures: Figures, goal: Goal, cell: str) -> Outcome:
         share = figures.copy_share(cell, goal.direction)
         text = f"{ours.gbps:.0f} GB/s", f"device copy {figures.copy_gbps or 0:.0f} GB/s"
         return Outcome(goal, cell, *text, share, None if share is None else share >= goal.ratio)
+    if goal.error:
+        return _error_outcome(figures, goal, cell)
     best = figures.best(cell, goal.direction, goal.against)
     if best is None:
         return Outcome(goal, cell, unit, "not measured", None, None)
@@ -111,6 +118,17 @@ def _outcome(figures: Figures, goal: Goal, cell: str) -> Outcome:
     if goal.most_gib is not None and ours.peak_gib is not None:
         unit, met = f"{unit}, {ours.peak_gib:.1f} GiB", met and ours.peak_gib <= goal.most_gib
     return Outcome(goal, cell, unit, f"{name} {theirs}{'*' if other.anchor else ''}", ratio, met)
+
+
+def _error_outcome(figures: Figures, goal: Goal, cell: str) -> Outcome:
+    ours = figures.get(cell, goal.direction, goal.ours)
+    error = None if ours is None else ours.rms_error
+    for name in goal.against:
+        other = figures.get(cell, goal.direction, name)
+        if error and other is not None and other.rms_error:
+            ratio = other.rms_error / error
+            return Outcome(goal, cell, f"{error:.2e}", f"{name} {other.rms_error:.2e}", ratio, ratio >= goal.ratio)
+    return Outcome(goal, cell, "not measured", "", None, None)
 
 
 def reasons(path: Path = REASONS) -> dict[str, str]:

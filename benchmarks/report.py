@@ -192,7 +192,8 @@ def performance(path: Path) -> str:
         origin(figures, path, "../benchmarks/results"),
         "## Goals",
         "The ratio is the time of the best peer (or of what the goal names) over ours: above 1 is faster than it. For "
-        "memory-bound cells it is our bandwidth over that of the fastest device copy of the run. `-`: not measured.",
+        "memory-bound cells it is our bandwidth over that of the fastest device copy of the run; for errors, theirs "
+        "over ours. `-`: not measured.",
         table(head, body),
         STAR,
     ]

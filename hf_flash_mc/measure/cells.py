@@ -25,7 +25,7 @@ class Cell:
     kv_heads: int
     sq: int
     sk: int
-    feature: str = ""  # ranges, weight, sinks, softcap, dropout, recompute; packed; llama
+    feature: str = ""  # ranges, weight, sinks, softcap, dropout, recompute; packed; times30 (the logits); llama
     directions: tuple[str, ...] = BOTH
 
     @property
@@ -96,6 +96,7 @@ CELLS = [
     *(cell for s in (1024, 2048) for d in (128, 64, 256) for cell in _long(d, s)),
     *(Cell("features", 128, f != "ranges", 4, 16, 16, 4096, 4096, f) for f in _FEATURES),
     Cell("features", 128, True, 4, 16, 16, 4096, 4096, "recompute", ("backward",)),
+    *(Cell("accuracy", d, True, 4, 2048 // d, 2048 // d, 4096, 4096, "times30", ("forward",)) for d in (64, 128)),
     Cell("context", 64, False, 4, 8, 8, 8192, 8192),  # a working context of 8192 entries against itself
     Cell("context", 64, True, 64, 8, 8, 64, 8256),  # 64 tokens ahead of a working context of 8192
     _train(1, 16384),
@@ -109,6 +110,7 @@ SMOKE = [  # every kind of cell in a size that a CPU takes in no time
     Cell("decode", 16, False, 2, 4, 2, 1, 40, directions=("forward",)),
     *(Cell("features", 16, f != "ranges", 1, 2, 2, 24, 24, f) for f in _FEATURES),
     Cell("features", 16, True, 1, 2, 2, 24, 24, "recompute", ("backward",)),
+    Cell("accuracy", 16, True, 1, 2, 2, 24, 24, "times30", ("forward",)),
 ]
 
 

@@ -197,7 +197,7 @@ def run_suite(device: str, impl: str = "auto", pattern: str = "") -> list[Outcom
         )
     jobs = {c.name: (c, device, impl) for c in cases}
     if torch.device(device).type == "cuda":
-        found = warm.in_parallel("checking", run_case, jobs, SECONDS)
+        found = warm.in_parallel("checking", run_case, jobs, SECONDS, warm.STALL)
         late = "no result: the process ended or ran into the time limit"
         return [_outcome(found.get(c.name, late), c) for c in cases]
     outcomes = []

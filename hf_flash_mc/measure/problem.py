@@ -61,6 +61,8 @@ def make_problem(cell: Cell, device: torch.device, dtype: torch.dtype) -> Proble
     b, sq, sk = (1, sum(cell.lengths), sum(cell.lengths)) if packed else (cell.batch, cell.sq, cell.sk)
     sizes = [(sq, cell.q_heads), (sk, cell.kv_heads), (sk, cell.kv_heads), (sq, cell.q_heads)]
     tensors = [torch.randn(b, s, h, cell.head_dim, generator=generator, device=device, dtype=dtype) for s, h in sizes]
+    if cell.feature == "times30":
+        tensors[0] *= 30
     if packed:
         total = torch.tensor([0, *cell.lengths]).cumsum(0).to(torch.int32).to(device)
         q, k, v, dout = (x[0] for x in tensors)
@@ -198,6 +200,11 @@ class Gate:
         self.problem, self.piece = problem, piece(problem)
         self.backward = problem.cell.directions != ("forward",)
         self.exact, self.native = exact(self.piece, self.backward), native(self.piece, self.backward)
+
+    def rms_error(self, out: Tensor) -> float:
+        """Root mean square error of the output's piece."""
+        group = self.problem.cell.q_heads // self.problem.cell.kv_heads
+        return (self.problem.piece_of(out, group).double() - self.exact[0].double()).square().mean().sqrt().item()
 
     def failures(self, results: tuple[Tensor, ...]) -> list[str]:
         """What misses the bound, of out (and dq, dk, dv) of the whole problem."""

@@ -42,6 +42,7 @@ class Line:
     tflops: float | None = None
     gbps: float | None = None
     peak_gib: float | None = None
+    rms_error: float | None = None  # of out, against float64
     samples: int = 0
     note: str = ""
 
@@ -66,7 +67,7 @@ class Run:
 
 def line(
     cell: Cell, dtype: torch.dtype, direction: str, name: str, samples: list[float], note: str = "",
-    peak_gib: float | None = None,
+    peak_gib: float | None = None, rms_error: float | None = None,
 ) -> Line:  # fmt: skip
     shape = {f.name: getattr(cell, f.name) for f in fields(Cell) if f.name != "directions"}
     head = {"cell": cell.name, **shape, "dtype": str(dtype)[6:], "direction": direction, "implementation": name}
@@ -79,7 +80,7 @@ def line(
     times = [round(t, 6) for t in (middle, low, high)]
     return Line(
         **head, median_ms=times[0], p20_ms=times[1], p80_ms=times[2], tflops=tflops, gbps=gbps,
-        peak_gib=None if peak_gib is None else round(peak_gib, 2), samples=len(samples), note=note,
+        peak_gib=None if peak_gib is None else round(peak_gib, 2), rms_error=rms_error, samples=len(samples), note=note,
     )  # fmt: skip
 
 

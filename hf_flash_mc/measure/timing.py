@@ -48,8 +48,9 @@ def measure_cell(
     gate = Gate(problem)
     runs: dict[str, dict[str, Call]] = {}
     notes: dict[tuple[str, str], str] = {}
+    errors: dict[str, float | None] = {}
     for name, make in makers.items():
-        runs[name], found = _admit(name, make, problem, gate)
+        runs[name], errors[name], found = _admit(name, make, problem, gate)
         notes |= {(name, direction): text for direction, text in found.items()}
     if cell.group in COPY_GROUPS:
         runs["copy"] = {d: _copy(cell.bytes(d, dtype.itemsize), device) for d in cell.directions}
@@ -61,12 +62,16 @@ def measure_cell(
             for name in samples:
                 samples[name] += sample(runs[name][direction], device, effort)
         for name in runs:
-            lines.append(line(cell, dtype, direction, name, samples.get(name, []), notes.get((name, direction), "")))
+            error = errors.get(name) if direction == "forward" else None
+            note = notes.get((name, direction), "")
+            lines.append(line(cell, dtype, direction, name, samples.get(name, []), note, rms_error=error))
     return lines
 
 
-def _admit(name: str, make: Maker, problem: Problem, gate: Gate) -> tuple[dict[str, Call], dict[str, str]]:
-    """What may be timed of an implementation, by direction, and a note for the other directions."""
+def _admit(
+    name: str, make: Maker, problem: Problem, gate: Gate
+) -> tuple[dict[str, Call], float | None, dict[str, str]]:
+    """What may be timed of an implementation, by direction; the error of its output; and a note for a direction."""
     directions = problem.cell.directions
     backward = directions != ("forward",)
     problem_leaves = (problem.q, problem.k, problem.v)
@@ -78,9 +83,9 @@ def _admit(name: str, make: Maker, problem: Problem, gate: Gate) -> tuple[dict[s
         # without the feature the result is another one; the cells without features hold it to the bound
         check = (lambda results: []) if name == "plain" else gate.failures
         if wrong := check((out.detach(),)):
-            return {}, dict.fromkeys(directions, f"wrong: {'; '.join(wrong)}")
+            return {}, None, dict.fromkeys(directions, f"wrong: {'; '.join(wrong)}")
     except Exception as error:  # a peer that cannot take the shape is a result, not a crash
-        return {}, dict.fromkeys(directions, _not_run(error))
+        return {}, None, dict.fromkeys(directions, _not_run(error))
     calls: dict[str, Call] = {"forward": lambda: attention(*leaves)}
     where = _back_end(problem, name)
     notes = dict.fromkeys(directions, where)
@@ -90,11 +95,12 @@ def _admit(name: str, make: Maker, problem: Problem, gate: Gate) -> tuple[dict[s
         try:
             gradients = torch.autograd.grad(out, wanted, problem.dout, retain_graph=True)
             if wrong := check((out.detach(), *gradients)):
-                return {}, dict.fromkeys(directions, f"wrong: {'; '.join(wrong)}")
+                return {}, None, dict.fromkeys(directions, f"wrong: {'; '.join(wrong)}")
             calls["backward"] = lambda: torch.autograd.grad(out, wanted, problem.dout, retain_graph=True)
         except Exception as error:  # FlashAttention-3 comes in builds without a backward
             notes["backward"] = _not_run(error)
-    return {d: calls[d] for d in directions if d in calls}, notes
+    rms = None if name == "plain" else float(f"{gate.rms_error(out):.4g}")
+    return {d: calls[d] for d in directions if d in calls}, rms, notes
 
 
 def _not_run(error: Exception) -> str:

@@ -15,12 +15,16 @@ from hf_flash_mc.measure.progress import Progress
 
 Job = TypeVar("Job")
 MOST_WORKERS = 14
+STALL = 50.0  # seconds: no kernel takes as long to compile
 
 
-def in_parallel(label: str, function: Callable[[Job], Any], jobs: dict[str, Job], seconds: float) -> dict[str, Any]:
+def in_parallel(
+    label: str, function: Callable[[Job], Any], jobs: dict[str, Job], seconds: float, stall: float = float("inf")
+) -> dict[str, Any]:
     """``function(job)`` of every job in processes of their own; those that came back within ``seconds``, by name.
 
-    An exception of a job is its result. What still runs at the end is stopped. The functions and jobs are pickled.
+    An exception of a job is its result. What still runs at the end, or once nothing came back for ``stall`` seconds (a
+    process that crashed takes its job with it), is stopped. The functions and jobs are pickled.
     """
     results: dict[str, Any] = {}
     if not jobs:
@@ -31,7 +35,7 @@ def in_parallel(label: str, function: Callable[[Job], Any], jobs: dict[str, Job]
         waiting = pool.imap_unordered(_guarded, [(function, name, job) for name, job in jobs.items()])
         for _ in jobs:
             try:
-                name, result = waiting.next(max(end - time.monotonic(), 0.1))
+                name, result = waiting.next(max(min(end - time.monotonic(), stall), 0.1))
             except multiprocessing.TimeoutError:
                 break
             results[name] = result
@@ -50,7 +54,7 @@ def _guarded(work: tuple[Callable[[Any], Any], str, Any]) -> tuple[str, Any]:
 def compile_cells(cells: list[Cell], dtype: torch.dtype, names: list[str], seconds: float) -> list[str]:
     """Run each cell once on the GPU, by these implementations of ours; the names of the cells that were not done."""
     jobs = {c.name: (c, dtype, names) for c in cells if c.group != "train"}
-    results = in_parallel("compiling", run_once, jobs, seconds)
+    results = in_parallel("compiling", run_once, jobs, seconds, STALL)
     return [n for n in jobs if n not in results or isinstance(results[n], Exception)]
 
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from .attention import KEY, ModuleRecord, Options, register
-from .support import HARMLESS_CLASSES, REFUSED
+from .models import ADAPTED, adapter_of
+from .support import DENSE_MASKS, HARMLESS_CLASSES, REFUSED
 
 _READS_MASK = re.compile(r"(attention|causal)_mask\w*\.dtype\s*[!=]=\s*torch\.bool|causal_mask\w*\.to\(dtype")
 
@@ -67,6 +68,7 @@ class _State:
     options: Options
     records: list[tuple[nn.Module, ModuleRecord]]
     skipped: dict[str, str]
+    adapted: list[tuple[nn.Module, type]]  # modules whose class an adapter replaced, and their former class
     # former config object, the copy that replaced it, and the copy's attributes at that time
     configs: list[tuple[PreTrainedConfig, PreTrainedConfig, dict[str, Any]]]
 
@@ -148,6 +150,8 @@ def unpatch_model(model: Any) -> Any:
             if name not in before or before[name] is not now:
                 vars(old)[name] = former.get(id(now), now)
     _swap_configs([model, root], former)
+    for module, cls in state.adapted:
+        module.__class__ = cls
     for module, _ in state.records:
         del module._mc_record
     del root._mc_state
@@ -206,7 +210,7 @@ def find_root(model: Any) -> PreTrainedModel:
 
 def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
     """Check everything first, then change: a refusal leaves the model as it was."""
-    attention = {name: m for name, m in root.named_modules() if uses_interface(type(m))}
+    attention = {name: m for name, m in root.named_modules() if runs_here(type(m))}
     targets = {id(m.config) for m in attention.values() if isinstance(getattr(m, "config", None), PreTrainedConfig)}
     targets.add(id(root.config))  # masks are made with it where parts share it, and it is where users look
     skipped = _check_family(root, attention, targets)
@@ -221,7 +225,8 @@ def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
         for name, held in vars(ours).items():
             if id(held) in copies:
                 vars(ours)[name] = copies[id(held)]
-    state = _State(options, [], skipped, [(c, copies[id(c)], dict(vars(copies[id(c)]))) for c in configs])
+    adapted = [(m, type(m)) for m in root.modules() if adapter_of(type(m)) is not None]
+    state = _State(options, [], skipped, adapted, [(c, copies[id(c)], dict(vars(copies[id(c)]))) for c in configs])
     for config in configs:
         if id(config) in targets:
             copies[id(config)]._attn_implementation_internal = KEY
@@ -229,6 +234,8 @@ def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
     for name, module in attention.items():
         module._mc_record = ModuleRecord(name, options)
         state.records.append((module, module._mc_record))
+    for module, cls in adapted:
+        module.__class__ = adapter_of(cls)
     vars(root)["_mc_state"] = state
 
 
@@ -242,6 +249,11 @@ def uses_interface(cls: type) -> bool:
             if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
                 return True
     return False
+
+
+def runs_here(cls: type) -> bool:
+    """Whether a patched model calls mc_attention from modules of this class: by the interface or by an adapter."""
+    return uses_interface(cls) or (adapter_of(cls) is not None and not issubclass(cls, PreTrainedModel))
 
 
 def _check_family(root: PreTrainedModel, attention: dict[str, nn.Module], targets: set[int]) -> dict[str, str]:
@@ -259,7 +271,8 @@ def _check_family(root: PreTrainedModel, attention: dict[str, nn.Module], target
         holder = max((n for n in owners if path == n or path.startswith(f"{n}." if n else "")), key=len)
         config = getattr(module, "config", None)
         config = config if isinstance(config, PreTrainedConfig) else owners[holder].config
-        if type(module).__name__ in HARMLESS_CLASSES or id(config) not in targets:
+        harmless = type(module).__name__ in HARMLESS_CLASSES or not _takes_mask(type(module))
+        if harmless or id(config) not in targets:
             skipped[path] = f"{type(module).__name__} computes attention itself"
         else:
             bypassing.append(type(module).__name__)
@@ -274,10 +287,16 @@ def _check_family(root: PreTrainedModel, attention: dict[str, nn.Module], target
         raise ValueError(
             f"model: nothing to patch, {name} has no attention modules that use transformers' attention interface"
         )
-    unplaced = [n for n, m in attention.items() if not isinstance(getattr(m, "config", None), PreTrainedConfig)]
+    unplaced = [
+        n
+        for n, m in attention.items()
+        if adapter_of(type(m)) is None and not isinstance(getattr(m, "config", None), PreTrainedConfig)
+    ]
     if unplaced:
         raise NotImplementedError(f"{name} is refused: attention module {unplaced[0]!r} carries no config to switch")
-    _check_sources(name, [m for m in [*owners.values(), *attention.values()] if id(m.config) in targets])
+    readers = [m for m in [*owners.values(), *attention.values()] if id(getattr(m, "config", None)) in targets]
+    readers = [m for m in readers if getattr(m.config, "model_type", None) not in DENSE_MASKS]
+    _check_sources(name, [m for m in readers if type(m).__module__ not in {source for source, _ in ADAPTED}])
     return skipped
 
 
@@ -288,6 +307,12 @@ def _computes_own_attention(path: str, module: nn.Module, attention: dict[str, n
     if path in attention or next(module.parameters(), None) is None:
         return False
     return not any(p.startswith(path + ".") or path.startswith(p + ".") for p in attention)
+
+
+def _takes_mask(cls: type[nn.Module]) -> bool:
+    """Whether a mask can reach a module: by an argument named so, or by **kwargs."""
+    parameters = inspect.signature(cls.forward).parameters.values()
+    return any("mask" in p.name or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
 
 
 def _check_sources(name: str, modules: list[nn.Module]) -> None:

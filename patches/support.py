@@ -10,13 +10,17 @@ from typing import NamedTuple
 
 
 class Family(NamedTuple):
-    """One row. ``model_types`` are transformers' `config.model_type`; ``refused`` is the reason, None = supported."""
+    """One row. ``model_types`` are transformers' `config.model_type`; ``refused`` is the reason, None = supported.
+
+    ``dense_masks``: the family's code computes with its masks, so it gets bool [B, 1, Q, K] as sdpa does, O(S^2).
+    """
 
     name: str
     model_types: tuple[str, ...]
     needs: str
     tested: bool = False
     refused: str | None = None
+    dense_masks: bool = False
 
 
 _SPARSE = "it selects keys by sparse indices, which the attention ops do not have"
@@ -38,11 +42,34 @@ FAMILIES: tuple[Family, ...] = (
     Family("BART", ("bart",), "encoder and decoder, cross attention", tested=True),
     Family("Whisper", ("whisper",), "encoder and decoder, cross attention", tested=True),
     Family("T5", ("t5",), "position bias with a gradient, scale 1", tested=True),
+    Family("BLOOM", ("bloom",), "ALiBi by key position (adapter)", tested=True),
+    Family("Falcon", ("falcon",), "rotary or ALiBi by key position (adapter)", tested=True),
+    Family("GPT-Neo", ("gpt_neo",), "sliding window in every other layer, no scale (adapter)", tested=True),
+    Family("MPT", ("mpt",), "ALiBi by key position (adapter); its model turns masks into bool", True, dense_masks=True),
+    Family("Parakeet", ("parakeet_encoder",), "relative positions added to the mask", dense_masks=True),
+    Family("LASR", ("lasr_encoder",), "relative positions added to the mask", dense_masks=True),
+    Family("LightGlue", ("lightglue",), "masks reshaped for cross attention", dense_masks=True),
     Family("DeepSeek V3.2", ("deepseek_v32",), "sparse indices", refused=_SPARSE),
     Family("DeepSeek V4", ("deepseek_v4",), "compressed key blocks appended to the mask", refused=_READS_MASK),
     Family("GLM-MoE-DSA", ("glm_moe_dsa",), "sparse indices", refused=_SPARSE),
     Family(
         "MiniMax M3", ("minimax_m3", "minimax_m3_vl", "minimax_m3_vl_text"), "sparse block indices", refused=_SPARSE
+    ),
+    Family(
+        "BridgeTower",
+        ("bridgetower",),
+        "cross attention between words and images",
+        refused="its cross-modal layers call themselves causal and pass no mask, so that stock eager and sdpa differ too",
+    ),
+    Family("A.X K2", ("axk2",), "sparse indices", refused=_SPARSE),
+    Family("Dots3 Note", ("dots3_note", "dots3_note_text"), "sparse indices", refused=_SPARSE),
+    Family("HY V4", ("hy_v4", "hy_v4_vl", "hy_v4_vl_text"), "sparse indices", refused=_SPARSE),
+    Family("Mistral Large 4", ("mistral_large4", "mistral_large4_text"), "sparse indices", refused=_SPARSE),
+    Family(
+        "Inkling 2",
+        ("inkling2_text", "inkling2_loop_text", "inkling2", "inkling2_loop"),
+        "a sink logit for every token",
+        refused="its sinks differ from token to token, and the ops take one a head",
     ),
     Family("Doge", ("doge",), "dynamic masks", refused=_READS_MASK),
     Family("DiffusionGemma", ("diffusion_gemma", "diffusion_gemma_text"), "its own mask shapes", refused=_READS_MASK),
@@ -51,7 +78,11 @@ FAMILIES: tuple[Family, ...] = (
 # Families that slice query rows off their masks (key-value sharing layers need only the last tokens in a prefill).
 SLICES_MASKS = frozenset({"gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"})
 
-# Attention classes with a computation of their own that never see our masks: safe to leave to transformers.
+# Attention classes with a computation of their own that take a mask argument, but never one of ours: safe to leave to
+# transformers. (Those whose forward takes no mask at all are found by api.py.)
 HARMLESS_CLASSES = frozenset({"MiniMaxLightningAttention"})
+
+# Families that compute with their masks: they get dense ones.
+DENSE_MASKS = frozenset(t for family in FAMILIES if family.dense_masks for t in family.model_types)
 
 REFUSED: dict[str, Family] = {t: family for family in FAMILIES if family.refused for t in family.model_types}

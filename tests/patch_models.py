@@ -25,6 +25,21 @@ SMALL = {
     "attention_dropout": 0.0,
 }
 MOE = {"num_local_experts": 2, "num_experts_per_tok": 1}
+MLA = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "hidden_dropout": 0.0}
 ENCODER_DECODER = {
     "vocab_size": VOCAB,
     "d_model": 32,
@@ -45,6 +60,8 @@ ENCODER_DECODER = {
     "forced_eos_token_id": None,
 }
 
+ADAPTED = ("bloom", "mpt", "falcon", "falcon_alibi", "gpt_neo")  # attention classes of their own: patches/models
+
 CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": 6}),
@@ -59,6 +76,49 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4": (
         "Llama4",
         dict(head_dim=16, attention_chunk_size=8, intermediate_size_mlp=96, no_rope_layers=[1, 0], **MOE),
+    ),
+    "mixtral": ("Mixtral", MOE),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"head_dim": 24, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+    "gemma": ("Gemma", {"head_dim": 24}),
+    "gemma4": (
+        "Gemma4",
+        {
+            "head_dim": 24,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": VOCAB,
+            "num_kv_shared_layers": 0,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "olmo2": ("Olmo2", {}),
+    "cohere2": ("Cohere2", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
+    "granite": ("Granite", {"attention_multiplier": 0.3}),
+    "smollm3": ("SmolLM3", {}),
+    "starcoder2": ("Starcoder2", {"sliding_window": 6, "residual_dropout": 0.0, "embedding_dropout": 0.0}),
+    "gpt_neox": ("GPTNeoX", {}),
+    "deepseek_v2": ("DeepseekV2", {**MLA, "topk_method": "greedy"}),
+    "deepseek_v3": ("DeepseekV3", MLA),
+    "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0}),
+    "bloom": ("Bloom", NO_DROPOUT),
+    "mpt": ("Mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),
+    "falcon": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, **NO_DROPOUT}),
+    "falcon_alibi": ("Falcon", {"alibi": True, "multi_query": True, "new_decoder_architecture": False, **NO_DROPOUT}),
+    "gpt_neo": (
+        "GPTNeo",
+        {
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 6,
+            "embed_dropout": 0.0,
+            "resid_dropout": 0.0,
+        },
     ),
     "gpt2": (
         "GPT2",
@@ -77,14 +137,17 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
 
 def causal_config(family: str) -> transformers.PreTrainedConfig:
     name, special = CAUSAL[family]
-    suffix = "TextConfig" if family in ("gemma3", "llama4") else "Config"
+    suffix = "TextConfig" if family in ("gemma3", "gemma4", "llama4") else "Config"
     return getattr(transformers, name + suffix)(**{**SMALL, **special})
 
 
 def causal_model(family: str, config: transformers.PreTrainedConfig | None = None) -> nn.Module:
     name = CAUSAL[family][0]
     cls = getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM"))
-    return build(cls, config or causal_config(family))
+    model = build(cls, config or causal_config(family))
+    if family == "falcon_alibi":  # stock eager adds ALiBi twice: into the mask and onto the scores; sdpa once
+        model.config._attn_implementation = "sdpa"
+    return model
 
 
 def build(cls: type, config: transformers.PreTrainedConfig) -> nn.Module:

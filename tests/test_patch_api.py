@@ -8,7 +8,7 @@ import inspect
 import pytest
 import torch
 import transformers
-from patch_models import SMALL, build, causal_config, causal_model, padding, tokens, twin
+from patch_models import ADAPTED, SMALL, build, causal_config, causal_model, padding, tokens, twin
 
 from hf_flash_mc.patches import attention, patch_model, patch_report, patched, unpatch_model
 
@@ -29,8 +29,10 @@ def everything(model) -> dict:
     }
 
 
-def test_unpatching_restores_the_exact_former_state():
-    model, mask = causal_model("gemma3"), padding("left")
+@pytest.mark.parametrize("family", ["gemma3", *ADAPTED])
+def test_unpatching_restores_the_exact_former_state(family):
+    model, mask = causal_model(family), padding("left")
+    classes = [type(module) for module in model.modules()]
     before, expected, keys = everything(model), run(model, mask), list(model.state_dict())
     assert patch_model(model) is model
     assert model.config._attn_implementation == "mc_attention"
@@ -38,6 +40,7 @@ def test_unpatching_restores_the_exact_former_state():
     run(model, mask)
     assert unpatch_model(model) is model
     assert everything(model) == before
+    assert [type(module) for module in model.modules()] == classes
     assert torch.equal(run(model, mask), expected)
     with pytest.raises(ValueError, match="not patched"):
         unpatch_model(model)
@@ -169,8 +172,6 @@ def test_classes_load_patched_models(base, tmp_path):
 @pytest.mark.parametrize(
     ("model_class", "config", "named"),
     [
-        ("BloomForCausalLM", {"hidden_size": 32, "n_head": 4, "n_layer": 1}, "BloomAttention"),
-        ("MptForCausalLM", {"d_model": 32, "n_heads": 4, "n_layers": 1}, "MptAttention"),
         ("GPTJForCausalLM", {"n_embd": 32, "n_head": 4, "n_layer": 1, "rotary_dim": 4}, "GPTJAttention"),
         ("XGLMForCausalLM", {"d_model": 32, "ffn_dim": 32, "num_layers": 1, "attention_heads": 4}, "XGLMAttention"),
         ("CodeGenForCausalLM", {"n_embd": 32, "n_head": 4, "n_layer": 1, "rotary_dim": 4}, "CodeGenAttention"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from patch_models import SMALL, assert_same, build, causal_model, outputs_and_gradients, padding, tokens, twin
+from patch_models import ADAPTED, SMALL, assert_same, build, causal_model, outputs_and_gradients, padding, tokens, twin
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,6 +41,17 @@ def test_full_graph_training_equals_eager(family, kind):
     assert_same((out, {n.removeprefix("_orig_mod."): g for n, g in grads.items()}), expected)
     assert not patch_report(compiled).not_reached
     assert len(patch_report(ours).compiled) == 2
+
+
+@pytest.mark.parametrize("family", ADAPTED)
+def test_adapters_compile_in_one_graph(family):
+    model, mask = causal_model(family), padding("left")
+    inputs = {"input_ids": tokens(), "attention_mask": mask, "use_cache": False}
+    with torch.no_grad():
+        expected = model(**inputs).logits[mask.bool()]
+        compiled = torch.compile(patch_model(model), fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(**inputs).logits[mask.bool()], expected, rtol=0, atol=1e-5)
+    assert len(patch_report(model).compiled) == 2
 
 
 @pytest.mark.parametrize(("family", "padded"), [("llama", False), ("gemma3", True)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from patch_models import ENCODER_DECODER, build, causal_model, tokens, twin
+from patch_models import ADAPTED, ENCODER_DECODER, build, causal_model, tokens, twin
 
 from hf_flash_mc.patches import patch_model, patch_report
 
@@ -46,6 +46,11 @@ def compare(family: str, ids, mask, **how):
 def test_greedy_with_left_padding(family, cache):
     """Windows of 6 and chunks of 8 against 25 tokens: sliding caches wrap, static caches are longer than filled."""
     compare(family, *left_padded(), **({} if cache is None else {"cache_implementation": cache}))
+
+
+@pytest.mark.parametrize("family", [*ADAPTED, "qwen2", "gemma4", "cohere2", "deepseek_v3", "gpt_neox", "opt"])
+def test_greedy_of_more_families(family):
+    compare(family, *left_padded())
 
 
 @pytest.mark.parametrize("cache", [None, "static"])

@@ -66,7 +66,7 @@ def test_run_writes_one_line_per_shape_direction_and_implementation(result: Path
     for row in rows:
         assert 0 < float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"]), row
         assert row["torch"] == torch.__version__
-        assert row["command"] == f"python -m benchmarks.run --device cpu --out {result}"
+        assert row["command"] == f"python -m benchmarks.run --device cpu --out {result.name}"
     assert {r["direction"] for r in rows if r["group"] == "host"} == {"host forward", "host forward+backward"}
     assert {r["note"] for r in rows if r["implementation"] == "ours" and r["group"] != "host"} == {"runs on cpu"}
 

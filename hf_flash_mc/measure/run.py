@@ -67,7 +67,9 @@ def main(arguments: list[str], program: str = "hf-flash-mc bench", folder: Path 
     dtype = DTYPES[options.dtype or ("bfloat16" if gpu else "float32")]
     effort = timing.SMOKE if not gpu else timing.QUICK if options.quick else timing.FULL
     path = (options.out or (folder or Path()) / default_name(device)).with_suffix(".csv")
-    command = shlex.join([*program.split(), *arguments])
+    # where the file went is of no use to whoever repeats the run
+    given = str(options.out) if options.out else None
+    command = shlex.join([*program.split(), *(path.name if a == given else a for a in arguments)])
     run = record.describe_run(device, command, effort.text)
     return _Session(run, path, device, dtype, time.monotonic() + options.time_limit).measure(
         cells, implementations, effort, host=not options.only or "host" in options.only

@@ -40,13 +40,8 @@ class Schedule(NamedTuple):
 
     SUBS: int = 1  # sub-tiles of 64 query rows in one step
     STAGES: int = 2  # of q and dout
-    EARLY: int = 1  # what of the next step is issued before dQ is written: 1 scores, 2 scores ahead of dQ, 3 and its dP
-    LATE: bool = False  # dQ is computed one step behind, under the exponentials of the next
-    MEET: bool = False  # other products may run between giving one's half and taking the other
-    SETTLE: bool = False  # a block boundary keeps exp2 behind the issue of dP
+    AHEAD: bool = False  # the next step's scores go to the matrix unit before this step's dQ, not behind it
     K_REGS: bool = False  # keys as a register operand: less traffic in shared memory
-    V_REGS: bool = False
-    ROTATE: bool = False  # key tiles of one head begin at different queries
     SPLIT: bool | None = None  # programs share a key tile and add dK, dV into float32; None: as the grid asks
     REGS: int = 240
 
@@ -56,7 +51,7 @@ def _producer(descs, rows_ptr, dirty_ptr, smem, bars, where, F: gl.constexpr, T:
     q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc = descs
     q_s, k_s, v_s, do_s, rows_s = smem
     kv_full, q_full, do_full = bars
-    batch, head_k, n0, group, first, tiles, begin, count, shift, units, unit0 = where
+    batch, head_k, n0, group, first, tiles, begin, count, units, unit0 = where
     STAGES: gl.constexpr = T.STAGES
     SUBS: gl.constexpr = T.SUBS
     D: gl.constexpr = F.D
@@ -71,7 +66,7 @@ def _producer(descs, rows_ptr, dirty_ptr, smem, bars, where, F: gl.constexpr, T:
     for t in range(count):
         stage = t % STAGES
         head = head_k * group + (begin + t) // tiles
-        m0 = (first + (begin + t + shift) % tiles) * BLOCK_M
+        m0 = (first + (begin + t) % tiles) * BLOCK_M
         unit = unit0 + head * units + m0 // SUB
         rows = gl.load(rows_ptr + unit * WIDTH + lane)
         if SUBS == 2:
@@ -110,6 +105,12 @@ def _zero_rows(tile, keep, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _scores(keys, queries, zero):
+    """Keys times queries^T (or values times dout^T), as a product in flight."""
+    return warpgroup_mma(keys, queries.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def _dq_product(ds_s, k_s, slot, z, zero, CID: gl.constexpr, T: gl.constexpr):
     """This warpgroup's part of dQ / scale, as a product in flight: 64 of 128 rows, or half the head dim of 64 rows."""
     COLUMNS: gl.constexpr = zero.shape[1]
@@ -142,25 +143,9 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
     seen_ptr, weight_ptr, slopes_ptr, seed_ptr, dw_ptr, dk_ptr, dv_ptr = pointers
     q_s, k_s, v_s, do_s, ds_s, dq_s, rows_s = smem
     kv_full, q_full, do_full = bars
-    batch, head_k, n0, group, first, tiles, begin, count, shift, full_lo, full_hi = where
-    (
-        scale,
-        softcap,
-        keep_scale,
-        sq,
-        sk,
-        window_left,
-        window_right,
-        threshold,
-        off_b,
-        off_h,
-        off_m,
-        off_n,
-        dk_stride,
-        dv_stride,
-        d,
-        d_v,
-    ) = numbers
+    batch, head_k, n0, group, first, tiles, begin, count, full_lo, full_hi = where
+    (scale, softcap, keep_scale, sq, sk, window_left, window_right, threshold, off_b, off_h, off_m, off_n, dk_stride,
+     dv_stride, d, d_v) = numbers  # fmt: skip
     STAGES: gl.constexpr = T.STAGES
     SUBS: gl.constexpr = T.SUBS
     D: gl.constexpr = F.D
@@ -201,50 +186,28 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
     if F.HAS_DROPOUT:
         seed = gl.load(seed_ptr)
     dw = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, st))
+    if count > 0:
+        mbarrier.wait(q_full.index(0), 0)
     if T.K_REGS:
         k_regs = k_own.load(as_s)
-    if T.V_REGS:
-        v_regs = v_own.load(as_s)
-    if T.EARLY:
-        if count > 0:
-            mbarrier.wait(q_full.index(0), 0)
-        if T.K_REGS:
-            k_op = k_regs
-        else:
-            k_op = k_own
-        s_next = warpgroup_mma(k_op, q_s.index(0).permute((1, 0)), zero_s, use_acc=False, is_async=True)
-        if T.EARLY == 3:
-            if T.V_REGS:
-                v_op = v_regs
-            else:
-                v_op = v_own
-            if count > 0:
-                mbarrier.wait(do_full.index(0), 0)
-            dp_next = warpgroup_mma(v_op, do_s.index(0).permute((1, 0)), zero_s, use_acc=False, is_async=True)
-            s_next, dp_next = warpgroup_mma_wait(0, deps=(s_next, dp_next))
-        else:
-            s_next = warpgroup_mma_wait(0, deps=(s_next,))
-    head_before = head_k * 0
-    m0_before = n0 * 0
+        s_next = _scores(k_regs, q_s.index(0), zero_s)
+    else:
+        s_next = _scores(k_own, q_s.index(0), zero_s)
+    s_next = warpgroup_mma_wait(0, deps=(s_next,))
     for t in range(count):
         stage = t % STAGES
         phase = (t // STAGES) & 1
         head = head_k * group + (begin + t) // tiles
-        m0 = (first + (begin + t + shift) % tiles) * BLOCK_M
+        m0 = (first + (begin + t) % tiles) * BLOCK_M
         z = t >> 30  # 0, but the compiler cannot know: it would keep dozens of shared-memory descriptors in registers
         if T.K_REGS:
             k_op = k_regs
         else:
             k_op = k_s.index(z).slice(CID * HALF, HALF, 0)
-        if T.V_REGS:
-            v_op = v_regs
-        else:
-            v_op = v_s.index(z).slice(CID * HALF, HALF, 0)
+        v_op = v_s.index(z).slice(CID * HALF, HALF, 0)
         masked = (m0 < full_lo) | (m0 + BLOCK_M > full_hi)
         ds_slot = t % 2 * SUBS
-        if not T.EARLY:
-            mbarrier.wait(q_full.index(stage), phase)
-            s_next = warpgroup_mma(k_op, q_s.index(stage * SUBS).permute((1, 0)), zero_s, use_acc=False, is_async=True)
+        after = t + 1
         slope = 0.0
         if F.HAS_ALIBI:
             slope = gl.load(slopes_ptr + head).to(gl.float32)
@@ -255,24 +218,15 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
             q_j = q_s.index(stage * SUBS + j)
             do_j = do_s.index(stage * SUBS + j)
             row = m0 + j * SUB + gl.arange(0, SUB, layout=gl.SliceLayout(0, st))
-            if T.EARLY == 3 and j == 0:
-                dp = dp_next
-            else:
-                if j == 0:
-                    mbarrier.wait(do_full.index(stage), phase)
-                dp = warpgroup_mma(v_op, do_j.permute((1, 0)), zero_s, use_acc=False, is_async=True)
-                if T.SETTLE:
-                    mbarrier.wait(do_full.index(stage), phase)
-            if T.LATE and j == 0:
-                if t > 0:
-                    bar_sync(GIVEN + (t + 1) % 2 * 2 + 1 - CID, 256)
-                dq_t = _dq_product(ds_s, k_s, (t + 1) % 2, z, zero_q, CID, T)
+            if j == 0:
+                mbarrier.wait(do_full.index(stage), phase)
+            dp = _scores(v_op, do_j, zero_s)
             rows = rows_s.index(stage * SUBS + j)
             lse2 = rows.slice(0, SUB, 0).load(gl.SliceLayout(0, st))
-            if T.EARLY and j == 0:
+            if j == 0:
                 s = s_next
             else:
-                s = warpgroup_mma_wait(2 if j > 0 or T.LATE else 1, deps=(s_next,))
+                s = warpgroup_mma_wait(2, deps=(s_next,))
             p, cap_slope, keep = backward_weights(
                 s, lse2[None, :], row[None, :], col[:, None], True, scale, softcap, slope, weight_ptr, 0, 0, weight_ptr,
                 dropout, sq, sk, F, False,
@@ -294,11 +248,8 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
                 weights = gl.where(keep, p, 0.0)
             dv_t = warpgroup_mma(gl.convert_layout(weights.to(dtype), as_v), do_j, dv, is_async=True)
             if j + 1 < SUBS:
-                s_next = warpgroup_mma(
-                    k_op, q_s.index(stage * SUBS + j + 1).permute((1, 0)), zero_s, use_acc=False, is_async=True
-                )
-            if not (T.EARLY == 3 and j == 0):
-                dp = warpgroup_mma_wait(1 + (j + 1 < SUBS) + (T.LATE and j == 0), deps=(dp,))
+                s_next = _scores(k_op, q_s.index(stage * SUBS + j + 1), zero_s)
+            dp = warpgroup_mma_wait(2 if j + 1 < SUBS else 1, deps=(dp,))
             delta = rows.slice(SUB, SUB, 0).load(gl.SliceLayout(0, st))
             ds = backward_logits(p, dp, delta[None, :], True, keep, keep_scale, F, False)
             if F.WEIGHT_GRAD:
@@ -308,68 +259,33 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
             ds16 = ds.to(dtype)
             dk_t = warpgroup_mma(gl.convert_layout(ds16, as_k), q_j, dk, is_async=True)
             ds_s.index(ds_slot + j).slice(CID * HALF, HALF, 0).store(ds16)
-            if T.LATE and j == 0:
-                dq = warpgroup_mma_wait(3 if j + 1 < SUBS else 2, deps=(dq_t,))
-                if t > 0:
-                    _add_dq(dq_desc, dq_out, dq, batch, head_before, m0_before, CID, T)
             if j + 1 < SUBS:
                 dv = dv_t
                 dk = dk_t
         fence_async_shared()
-        after = t + 1
-        if T.MEET or T.LATE:
+        # each warpgroup needs both halves; ptxas serialises every product of a loop that carries one over its end
+        if T.AHEAD:
             bar_arrive(GIVEN + t % 2 * 2 + CID, 256)
-        if T.EARLY >= 2:
             dv = warpgroup_mma_wait(1, deps=(dv_t,))  # frees its operand's registers
             if after < count:
                 mbarrier.wait(q_full.index(after % STAGES), (after // STAGES) & 1)
-            s_next = warpgroup_mma(
-                k_op, q_s.index(after % STAGES * SUBS).permute((1, 0)), zero_s, use_acc=False, is_async=True
-            )
-        if T.LATE:
-            head_before = head
-            m0_before = m0
-            dk, dv = warpgroup_mma_wait(0, deps=(dk_t, dv_t))
-            bar_arrive(FREE + stage, 288)
-        else:
-            if T.MEET:
-                bar_sync(GIVEN + t % 2 * 2 + 1 - CID, 256)
-            else:
-                bar_sync(ALL, 256)  # both halves are in shared memory
+            s_next = _scores(k_op, q_s.index(after % STAGES * SUBS), zero_s)
+            bar_sync(GIVEN + t % 2 * 2 + 1 - CID, 256)
             dq_t = _dq_product(ds_s, k_s, t % 2, z, zero_q, CID, T)
-            if T.EARLY == 1:
-                dk, dv = warpgroup_mma_wait(1, deps=(dk_t, dv_t))  # frees their operands' registers
-                if after < count:
-                    mbarrier.wait(q_full.index(after % STAGES), (after // STAGES) & 1)
-                s_next = warpgroup_mma(
-                    k_op, q_s.index(after % STAGES * SUBS).permute((1, 0)), zero_s, use_acc=False, is_async=True
-                )
-                dq = warpgroup_mma_wait(1, deps=(dq_t,))
-            elif T.EARLY == 2:
-                dk, s_next, dq = warpgroup_mma_wait(0, deps=(dk_t, s_next, dq_t))
-            elif T.EARLY == 3:
-                dk, s_next = warpgroup_mma_wait(1, deps=(dk_t, s_next))
-                if after < count:
-                    mbarrier.wait(do_full.index(after % STAGES), (after // STAGES) & 1)
-                dp_next = warpgroup_mma(
-                    v_op, do_s.index(after % STAGES * SUBS).permute((1, 0)), zero_s, use_acc=False, is_async=True
-                )
-                dq = warpgroup_mma_wait(1, deps=(dq_t,))
-            else:
-                dq, dk, dv = warpgroup_mma_wait(0, deps=(dq_t, dk_t, dv_t))
+            dk, s_next, dq = warpgroup_mma_wait(0, deps=(dk_t, s_next, dq_t))
             bar_arrive(FREE + stage, 288)
             _add_dq(dq_desc, dq_out, dq, batch, head, m0, CID, T)
-            # ptxas serialises every product of a loop that carries one in flight over its end
-            if T.EARLY == 1:
-                s_next = warpgroup_mma_wait(0, deps=(s_next,))
-            elif T.EARLY == 3:
-                dp_next = warpgroup_mma_wait(0, deps=(dp_next,))
-    if T.LATE:  # noqa: SIM102 (a branch at run time inside one at compile time)
-        if count > 0:
-            bar_sync(GIVEN + (count + 1) % 2 * 2 + 1 - CID, 256)
-            dq_t = _dq_product(ds_s, k_s, (count + 1) % 2, 0, zero_q, CID, T)
-            dq = warpgroup_mma_wait(0, deps=(dq_t,))
-            _add_dq(dq_desc, dq_out, dq, batch, head_before, m0_before, CID, T)
+        else:
+            bar_sync(ALL, 256)
+            dq_t = _dq_product(ds_s, k_s, t % 2, z, zero_q, CID, T)
+            dk, dv = warpgroup_mma_wait(1, deps=(dk_t, dv_t))  # frees their operands' registers
+            if after < count:
+                mbarrier.wait(q_full.index(after % STAGES), (after // STAGES) & 1)
+            s_next = _scores(k_op, q_s.index(after % STAGES * SUBS), zero_s)
+            dq = warpgroup_mma_wait(1, deps=(dq_t,))
+            bar_arrive(FREE + stage, 288)
+            _add_dq(dq_desc, dq_out, dq, batch, head, m0, CID, T)
+            s_next = warpgroup_mma_wait(0, deps=(s_next,))
     tma_store_wait(0)
     if F.WEIGHT_GRAD:
         if T.SPLIT:
@@ -451,9 +367,6 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
     met = full_tiles + masked_tiles
     begin = met * GROUP * part // parts
     count = met * GROUP * (part + 1) // parts - begin
-    shift = 0
-    if T.ROTATE:
-        shift = tile
     full_hi = full_start + full_tiles * BLOCK_M
 
     q_s = _tiles(STAGES * SUBS, SUB, D, dtype)
@@ -489,12 +402,12 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
         loads = (q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc)
     smem = (q_s, k_s, v_s, do_s, ds_s, dq_s, rows_s)
     bars = (kv_full, q_full, do_full)
-    where = (batch, head_k, n0, GROUP, first, met, begin, count, shift, full_start, full_hi)
+    where = (batch, head_k, n0, GROUP, first, met, begin, count, full_start, full_hi)
     numbers = (scale, softcap, keep_scale, SQ, SK, window_left, window_right, threshold, off_b, off_h, off_m, off_n,
                HK * D_K, HK * D_V, D_K, D_V)  # fmt: skip
     gl.warp_specialize([
         (_consumer, (descs, pointers, smem, bars, where, numbers, 0, F, T)),
         (_consumer, (descs, pointers, smem, bars, where, numbers, 1, F, T)),
         (_producer, (loads, rows_ptr, dirty_ptr, (q_s, k_s, v_s, do_s, rows_s), bars,
-                     (batch, head_k, n0, GROUP, first, met, begin, count, shift, units, unit0), F, T)),
+                     (batch, head_k, n0, GROUP, first, met, begin, count, units, unit0), F, T)),
     ], [4, 1], [REGS, 24])  # fmt: skip

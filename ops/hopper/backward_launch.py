@@ -18,10 +18,11 @@ from .plan import Launch, padded, tiles, tma_problem
 
 HEAD_DIMS = (40, 128)  # below, padding to 64 wastes more than the fused form saves
 KEYS = 128  # of one program
-ROUND_BLOCK = 4096
+ROUND_BLOCK = 2048
 MIN_STEPS = 4  # of a program that shares a key tile
 MAX_KEYS_IN_RANGES = 1 << 24  # the kernel compares them as float32
-SCHEDULES = {64: Schedule(SUBS=2, K_REGS=True), 128: Schedule()}  # by padded head dim
+SCHEDULES = {64: Schedule(SUBS=2, K_REGS=True), 128: Schedule(AHEAD=True)}  # by padded head dim
+DROPOUT_64 = Schedule()  # two sub-tiles spill 140 registers
 Configs = dict[str, Schedule]
 
 
@@ -93,7 +94,7 @@ def _parts(programs: int, walk: int, multiprocessors: int) -> int:
 
 
 def _rounding(count: int, scale: float) -> PortableLaunch:
-    return PortableLaunch(attn_bwd_hopper_round, -(-count // ROUND_BLOCK), (count, scale), (ROUND_BLOCK,))
+    return PortableLaunch(attn_bwd_hopper_round, -(-count // ROUND_BLOCK), (count // 8, scale), (ROUND_BLOCK,))
 
 
 class _Steps:
@@ -112,7 +113,9 @@ class _Steps:
         schedule: Schedule | None,
     ):
         width, width_v = padded(plan.d), padded(plan.dv)
-        schedule = schedule or tuned("hopper_bwd", plan, Schedule) or SCHEDULES[max(width, width_v)]
+        widest = max(width, width_v)
+        shipped = DROPOUT_64 if widest == 64 and plan.keep_scale != 1 else SCHEDULES[widest]
+        schedule = schedule or tuned("hopper_bwd", plan, Schedule) or shipped
         block = 64 * schedule.SUBS
         f = features(Config(block, KEYS, 4, 1), plan.d, plan.dv, plan.flags, weight_grad=weighed)
         self.plan, self.weighed, self.sanitize = plan, weighed, f.SANITIZE

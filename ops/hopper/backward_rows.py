@@ -27,7 +27,7 @@ def attn_bwd_hopper_rows(o_ptr, do_ptr, q_ptr, lse_ptr, dlse_ptr, sinks_ptr, ran
     DV: tl.constexpr = F.DV
     D: tl.constexpr = F.D
     VALUES: tl.constexpr = ROWS * (4 if F.HAS_RANGES else 2)
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # the fused kernel begins with what is written last: it is in L2
+    pid = tl.program_id(0)
     unit = pid % units
     bh = pid // units
     batch = (bh // HQ).to(tl.int64)
@@ -105,10 +105,13 @@ def attn_bwd_hopper_keys_seen(ranges_ptr, plans_ptr, seen_ptr, stride_rp, stride
     tl.store(seen_ptr + slot * BLOCK_N + tl.arange(0, BLOCK_N), seen.to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["count"])
-def attn_bwd_hopper_round(total_ptr, dq_ptr, count, scale, BLOCK: tl.constexpr):
-    """dQ = scale * its float32 sum, in q's dtype. Grid: count / BLOCK."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # backwards, for what L2 still holds
-    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit(do_not_specialize=["eighths"])
+def attn_bwd_hopper_round(total_ptr, out_ptr, eighths, scale, BLOCK: tl.constexpr):
+    """A gradient = scale * its float32 sum, in its own dtype. Grid: 8 * eighths / BLOCK.
+
+    In eighths, since head dims are multiples of 8: a bound that may be any number makes every store one element.
+    """
+    count = eighths.to(tl.int64) * 8
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(total_ptr + at, mask=at < count) * scale
-    tl.store(dq_ptr + at, total.to(dq_ptr.dtype.element_ty), mask=at < count)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < count)

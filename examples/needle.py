@@ -125,8 +125,10 @@ def encode(tokenizer: Any, text: str) -> Tensor:
 def ask(session: Any, way: str, question: Tensor, digits: Tensor, span: tuple[int, int], rounds: int) -> bool:
     """Whether greedy decoding gives the digits; leaves the session as it was."""
     before, allocation, lens = session.working_context.copy(), session.allocation, session.addon.lens
+    room = len(question) + len(digits)
+    session.make_room(room)
     if way == "exact":
-        expand_span(session, *span)
+        expand_span(session, *span, room)
     session.ingest(question)
     if way in KINDS:
         session.addon.lens = KINDS[way](session.config)
@@ -139,8 +141,8 @@ def ask(session: Any, way: str, question: Tensor, digits: Tensor, span: tuple[in
     return right
 
 
-def expand_span(session: Any, start: int, stop: int) -> None:
-    """Show the tokens [start, stop) exactly, making room by collapsing elsewhere."""
+def expand_span(session: Any, start: int, stop: int, room: int) -> None:
+    """Show the tokens [start, stop) exactly, making room by collapsing elsewhere; ``room`` slots stay free."""
     config = session.config
     for lod in range(config.max_lod, 0, -1):
         wc = session.working_context
@@ -148,7 +150,7 @@ def expand_span(session: Any, start: int, stop: int) -> None:
         for first in wc.start[hit].tolist():
             wc = session.working_context
             around = (wc.start < stop + config.span(lod)) & (wc.start + wc.span > start - config.span(lod))
-            session.make_room(config.block_size, torch.from_numpy(around * 2.0 - 1.0))
+            session.make_room(config.block_size + room, torch.from_numpy(around * 2.0 - 1.0))
             session.apply(Edits.of([(1, first, lod)]))
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .rope import Rope
@@ -26,6 +27,7 @@ HEADS = 4  # query heads that look things up; 4, 8 and 16 found the same
 REPEATED = 96  # random tokens, shown twice to find them
 CHUNK = 2**16  # tokens scored at a time
 MIRROR = 2**26  # bytes of keys that a GPU holds too, taken at once so that its memory does not grow; then the host's
+NEIGHBOUR = 0.9  # of a block's mass counts for the blocks beside it: what is asked for may begin or end there
 FILE = "recall.ctx"
 
 
@@ -71,7 +73,8 @@ class RecallIndex:
     def mass(self, queries: Tensor, first: int) -> Tensor:
         """What share of a query's attention a whole block of the history gets, at most: float32 [blocks].
 
-        The most over queries and heads: a single token of a question may be the one that asks.
+        The most over queries and heads, as a single token of a question may be the one that asks, and over the blocks
+        beside it, at a discount.
         queries ``[L, Hq, n, D]``, rotated at positions ``first, first + 1, ...``
         """
         device, count = queries.device, queries.shape[2]
@@ -85,8 +88,8 @@ class RecallIndex:
             held = keys.to(device, torch.float32)[:, self.key_of]  # [t, P', D]
             logits = torch.einsum("hnd,thd->hnt", asked, held)
             found.append(logits.unflatten(-1, (-1, self.block_size)).logsumexp(-1))
-        mass = torch.cat(found, -1)  # [P', n, blocks], logarithms
-        return mass.softmax(-1).amax((0, 1))
+        mass = torch.cat(found, -1).softmax(-1).amax((0, 1))  # [P', n, blocks] -> [blocks]
+        return torch.maximum(mass, NEIGHBOUR * F.max_pool1d(mass[None], 3, 1, 1)[0])
 
     def _chunks(self, stop: int) -> Iterator[Tensor]:
         """The first ``stop`` keys, from the device as far as it has them."""

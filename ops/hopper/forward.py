@@ -12,6 +12,7 @@ from ..portable.common import (
     LN2,
     LOG2E,
     dropout_keep,
+    dropout_keep_at,
     head_terms,
     key_in_use,
     plan_tiles,
@@ -200,13 +201,20 @@ def _wait_for_values(v_s, v_full, cleaned, phases, count, i, plan, seen, removed
 
 @gluon.jit
 def _tile_weights(weight_ptr, n0, sk, LAYOUT: gl.constexpr, F: gl.constexpr):
-    """key_log_weight of a tile's keys and whether any of them is removed; nothing where there is none."""
+    """key_log_weight of a tile's keys [BLOCK_N]; nothing where there is none."""
     if F.HAS_WEIGHT:
         col = n0 + gl.arange(0, F.BLOCK_N, layout=LAYOUT)
-        weight = gl.load(weight_ptr + col, mask=col < sk, other=0.0).to(gl.float32)
-        return weight, gl.min(weight, 0) == float("-inf")
+        return gl.load(weight_ptr + col, mask=col < sk, other=0.0).to(gl.float32)
     else:
-        return 0.0, sk < 0
+        return 0.0
+
+
+@gluon.jit
+def _any_removed(weight, F: gl.constexpr):
+    if F.HAS_WEIGHT:
+        return gl.min(weight, 0) == float("-inf")
+    else:
+        return False
 
 
 @gluon.jit
@@ -226,7 +234,13 @@ def _tile_softmax(s, m, l, n0, masked, lo, hi, row, weight, removed, terms, rule
     p, m, l, alpha = softmax_tile(s, m, l, scale * LOG2E, F)
     if F.HAS_DROPOUT:
         seed, head, index, off_m, off_n, threshold = dropout
-        p = gl.where(dropout_keep(seed, row[:, None], col[None, :], head, index, off_m, off_n, threshold), p, 0.0)
+        if C.WHOLE_GROUPS:  # known of n0 + off_n here, and not by the compiler: it finds a quarter of the calls
+            at = gl.arange(0, F.BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+            group = ((n0 + off_n) >> 4) + (at >> 4)
+            keep = dropout_keep_at(seed, row[:, None], group, at & 15, head, index, off_m, threshold)
+        else:
+            keep = dropout_keep(seed, row[:, None], col[None, :], head, index, off_m, off_n, threshold)
+        p = gl.where(keep, p, 0.0)
     return p, m, l, alpha
 
 
@@ -319,7 +333,9 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             if n_tiles == 1:
                 bar_arrive(Q_FREE, GROUPS * 128 + 32)
         n0 = tile_start(0, plan, BLOCK_N)
-        weight, removed = _tile_weights(weights, n0, sk, COL, F)
+        weight = _tile_weights(weights, n0, sk, COL, F)
+        removed = _any_removed(weight, F)
+        coming = _tile_weights(weights, tile_start(1, plan, BLOCK_N), sk, COL, F)
         p, m, l, alpha = _tile_softmax(s, m, l, n0, masked > 0, lo, hi, row, weight, removed, terms, rules, LS, F, C)
         pd = gl.convert_layout(p.to(dtype), LP)
         for i in range(1, n_tiles):
@@ -337,7 +353,9 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             if C.TURNS:
                 bar_arrive(TURN + (GROUP + 1) % GROUPS, 256)
             n0 = tile_start(i, plan, BLOCK_N)
-            weight, removed = _tile_weights(weights, n0, sk, COL, F)
+            weight = coming
+            removed = _any_removed(weight, F)
+            coming = _tile_weights(weights, tile_start(i + 1, plan, BLOCK_N), sk, COL, F)  # a tile ahead
             s = warpgroup_mma_wait(1, deps=(s,))
             bar_arrive(K_FREE + stage, GROUPS * 128 + 32)
             if not C.SHARE:  # noqa: SIM102

@@ -40,7 +40,7 @@ USUAL = {
 LONG_64 = HopperConfig(3, 128, 3, True, registers=160)
 # fewer keys a tile where logits take registers of their own
 WEIGHT = USUAL | {128: HopperConfig(2, 64, 3, True)}
-DROPOUT = {64: HopperConfig(2, 64, 3, True), 128: HopperConfig(2, 64, 3, True), 256: HopperConfig(2, 32, 2, True)}
+DROPOUT = {64: HopperConfig(2, 128, 3, True), 128: HopperConfig(2, 64, 3, True), 256: HopperConfig(2, 32, 2, True)}
 
 
 def padded(d: int) -> int:
@@ -69,7 +69,7 @@ def variant(plan: Plan, config: HopperConfig | None = None) -> tuple[Features, C
     # a packed sequence's last tile reads the neighbour's keys, which may be NaN
     f = f._replace(BLOCK_M=GROUP_ROWS * config.groups, BLOCK_N=config.block_n, SANITIZE=f.SANITIZE or plan.packed)
     cut = Cut(d, dv, config.groups, config.stages, config.turns, config.split, config.registers,
-              f._replace(HAS_WEIGHT=False), d == dv == 256)  # fmt: skip
+              f._replace(HAS_WEIGHT=False), d == dv == 256, plan.tail[-1] % 16 == 0)  # fmt: skip
     return f, cut, config
 
 

@@ -412,11 +412,17 @@ def dropout_keep(seed, row, col, head, batch, off_m, off_n, threshold):
     costs 16 instructions an element against 60 for a 32-bit number each.
     """
     column = col + off_n
-    zero = (row + col).to(tl.uint32) * 0
-    c0 = zero + (column >> 4).to(tl.uint32)
+    return dropout_keep_at(seed, row, column >> 4, column & 15, head, batch, off_m, threshold)
+
+
+@triton.jit
+def dropout_keep_at(seed, row, group, byte, head, batch, off_m, threshold):
+    """``dropout_keep`` with the column as group of 16 and byte, for who knows more of them than the compiler."""
+    zero = (row + byte).to(tl.uint32) * 0
+    c0 = zero + group.to(tl.uint32)
     c1 = zero + (row + off_m).to(tl.uint32)
     r0, r1, r2, r3 = tl.philox(seed, c0, c1, zero + head.to(tl.uint32), zero + batch.to(tl.uint32), n_rounds=7)
-    byte = (column & 15).to(tl.uint32) + zero
+    byte = byte.to(tl.uint32) + zero
     low = tl.where(byte < 4, r0, r1)
     high = tl.where(byte < 12, r2, r3)
     word = tl.where(byte < 8, low, high)

@@ -53,6 +53,8 @@ class PatchReport:
             return f"{self.model}: not patched"
         ran = self.attention_modules - len(self.not_reached)
         lines = [f"{self.model}: {self.attention_modules} attention modules run {KEY}, {ran} of them reached so far"]
+        if ran and self.not_reached:
+            lines.append(f"  reached by no forward so far: {', '.join(self.not_reached)}")
         lines += [f"  left to transformers: {name}: {reason}" for name, reason in self.skipped.items()]
         if self.fallbacks:
             lines.append(

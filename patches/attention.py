@@ -63,6 +63,7 @@ def mc_attention(
     max_length_q: int | None = None,
     max_length_k: int | None = None,
     position_ids: Tensor | None = None,
+    indices: Tensor | None = None,
     output_attentions: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -94,6 +95,8 @@ def mc_attention(
         visible = _read_mask(attention_mask, q_length, kv_length, causal, sliding_window)
     else:
         visible = slots.visibility(query, attention_mask)
+    if indices is not None:
+        visible = _select(visible, indices, q_length, kv_length)
     bias = visible.pop("bias", None)
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
@@ -124,6 +127,18 @@ def mc_attention(
             record.fallback_reason = str(reason)
         return _sdpa(module, query, key, value, visible, bias, dropout, scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _select(visible: dict[str, Any], indices: Tensor, q_length: int, kv_length: int) -> dict[str, Any]:
+    """Visibility cut to the keys an indexer chose for each row, ``indices: [B, Q, chosen]``; dense, as in stock."""
+    if indices.dim() != 3 or indices.shape[1] != q_length or not isinstance(visible.get("mask"), (Tensor, type(None))):
+        raise NotImplementedError(
+            f"indices: expected [B, {q_length}, chosen] with a dense mask, got {list(indices.shape)}"
+        )
+    chosen = indices.new_zeros((indices.shape[0], q_length, kv_length), dtype=torch.bool)
+    chosen = chosen.scatter(-1, indices.long(), True)[:, None]
+    mask = visible.get("mask")
+    return {**visible, "mask": chosen if mask is None else mask & chosen}
 
 
 def _reject_unknown(kwargs: dict[str, Any]) -> None:

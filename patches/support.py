@@ -23,7 +23,7 @@ class Family(NamedTuple):
     dense_masks: bool = False
 
 
-_SPARSE = "it selects keys by sparse indices, which the attention ops do not have"
+_SPARSE = "it selects blocks of keys by sparse indices, which the attention ops do not have"
 _READS_MASK = "its own code reads the values of the attention mask, and would misread key ranges"
 
 FAMILIES: tuple[Family, ...] = (
@@ -46,12 +46,94 @@ FAMILIES: tuple[Family, ...] = (
     Family("Falcon", ("falcon",), "rotary or ALiBi by key position (adapter)", tested=True),
     Family("GPT-Neo", ("gpt_neo",), "sliding window in every other layer, no scale (adapter)", tested=True),
     Family("MPT", ("mpt",), "ALiBi by key position (adapter); its model turns masks into bool", True, dense_masks=True),
-    Family("Parakeet", ("parakeet_encoder",), "relative positions added to the mask", dense_masks=True),
-    Family("LASR", ("lasr_encoder",), "relative positions added to the mask", dense_masks=True),
+    Family(
+        "Parakeet and LASR",
+        (
+            "parakeet_encoder",
+            "parakeet_ctc",
+            "parakeet_rnnt",
+            "parakeet_tdt",
+            "lasr_encoder",
+            "lasr_ctc",
+            "canary",
+            "cohere_asr",
+            "nemotron_asr_streaming_encoder",
+            "nemotron_asr_streaming",
+            "nemotron3_5_asr",
+        ),
+        "relative positions added to the mask",
+        dense_masks=True,
+    ),
+    Family(
+        "SAM 3",
+        (
+            "sam3",
+            "sam3_vision_model",
+            "sam3_detr_encoder",
+            "sam3_detr_decoder",
+            "sam3_mask_decoder",
+            "sam3_video",
+            "sam3_lite_text",
+            "sam3_lite_text_text_model",
+            "sam3_lite_text_detr_encoder",
+            "sam3_lite_text_detr_decoder",
+            "sam3_lite_text_mask_decoder",
+            "sam3_vit_model",
+            "sam3_geometry_encoder",
+        ),
+        "masks and position biases that are added up",
+        dense_masks=True,
+    ),
+    Family(
+        "SigLIP 2",
+        ("siglip2", "siglip2_vision_model", "siglip2_text_model", "phi4_multimodal_vision"),
+        "masks of image patches",
+        dense_masks=True,
+    ),
+    Family(
+        "T5Gemma 2",
+        ("t5gemma2", "t5gemma2_text", "t5gemma2_encoder", "t5gemma2_decoder"),
+        "self and cross masks in one",
+        dense_masks=True,
+    ),
+    Family(
+        "Pix2Struct",
+        ("pix2struct", "pix2struct_vision_model", "pix2struct_text_model"),
+        "bias added to the mask",
+        dense_masks=True,
+    ),
+    Family("Switch Transformers", ("switch_transformers",), "bias added to the mask", dense_masks=True),
+    Family(
+        "Qwen 4 (experimental)",
+        ("qwen4_exp", "qwen4_exp_text", "qwen4_exp_vision"),
+        "token selection by mask",
+        dense_masks=True,
+    ),
+    Family(
+        "MiniMax M3 towers",
+        ("minimax_m3_vl_vision", "hy_v4_vl_vision"),
+        "vision towers beside sparse text models",
+        dense_masks=True,
+    ),
     Family("LightGlue", ("lightglue",), "masks reshaped for cross attention", dense_masks=True),
-    Family("DeepSeek V3.2", ("deepseek_v32",), "sparse indices", refused=_SPARSE),
+    Family(
+        "DeepSeek sparse attention",
+        (
+            "deepseek_v32",
+            "glm_moe_dsa",
+            "axk2",
+            "dots3_note",
+            "dots3_note_text",
+            "hy_v4",
+            "hy_v4_vl",
+            "hy_v4_vl_text",
+            "mistral_large4",
+            "mistral_large4_text",
+        ),
+        "keys chosen by an indexer (dense cost)",
+        dense_masks=True,
+    ),
     Family("DeepSeek V4", ("deepseek_v4",), "compressed key blocks appended to the mask", refused=_READS_MASK),
-    Family("GLM-MoE-DSA", ("glm_moe_dsa",), "sparse indices", refused=_SPARSE),
     Family(
         "MiniMax M3", ("minimax_m3", "minimax_m3_vl", "minimax_m3_vl_text"), "sparse block indices", refused=_SPARSE
     ),
@@ -59,12 +141,8 @@ FAMILIES: tuple[Family, ...] = (
         "BridgeTower",
         ("bridgetower",),
         "cross attention between words and images",
-        refused="its cross-modal layers call themselves causal and pass no mask, so that stock eager and sdpa differ too",
+        refused="its cross-modal layers call themselves causal and pass no mask, so stock eager and sdpa differ too",
     ),
-    Family("A.X K2", ("axk2",), "sparse indices", refused=_SPARSE),
-    Family("Dots3 Note", ("dots3_note", "dots3_note_text"), "sparse indices", refused=_SPARSE),
-    Family("HY V4", ("hy_v4", "hy_v4_vl", "hy_v4_vl_text"), "sparse indices", refused=_SPARSE),
-    Family("Mistral Large 4", ("mistral_large4", "mistral_large4_text"), "sparse indices", refused=_SPARSE),
     Family(
         "Inkling 2",
         ("inkling2_text", "inkling2_loop_text", "inkling2", "inkling2_loop"),
@@ -80,7 +158,13 @@ SLICES_MASKS = frozenset({"gemma4", "gemma4_text", "gemma4_unified", "gemma4_uni
 
 # Attention classes with a computation of their own that take a mask argument, but never one of ours: safe to leave to
 # transformers. (Those whose forward takes no mask at all are found by api.py.)
-HARMLESS_CLASSES = frozenset({"MiniMaxLightningAttention"})
+HARMLESS_CLASSES = frozenset(
+    {
+        "MiniMaxLightningAttention",
+        "Phi4MultimodalVisionMultiheadAttentionPoolingHead",
+        "Siglip2MultiheadAttentionPoolingHead",  # SigLIP 2's masks are dense
+    }
+)
 
 # Families that compute with their masks: they get dense ones.
 DENSE_MASKS = frozenset(t for family in FAMILIES if family.dense_masks for t in family.model_types)

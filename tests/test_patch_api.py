@@ -18,6 +18,15 @@ def run(model, mask=None):
         return model(tokens(), attention_mask=mask).logits
 
 
+def build_vlm():
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 64}
+    text = {**SMALL, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, image_token_id=90, video_token_id=91, vision_start_token_id=92
+    )
+    return build(transformers.Qwen2_5_VLForConditionalGeneration, config)
+
+
 def everything(model) -> dict:
     """All that unpatching has to bring back: attributes of every module, and every config object with its content."""
     return {
@@ -196,16 +205,18 @@ def test_families_with_their_own_attention_are_refused_by_name(model_class, conf
     assert everything(model) == before
 
 
-def test_families_that_read_their_masks_are_refused():
+def test_families_that_read_their_masks_are_refused_unless_they_get_dense_ones():
     model = causal_model("llama")
-    model.config.model_type = "deepseek_v32"
-    with pytest.raises(NotImplementedError, match=r"DeepSeek V3\.2.*sparse"):
+    model.config.model_type = "minimax_m3_vl_text"
+    with pytest.raises(NotImplementedError, match=r"MiniMax M3.*sparse"):
         patch_model(model)
     config = transformers.ParakeetEncoderConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32
     )
+    encoder = build(transformers.ParakeetEncoder, config)
+    encoder.config.model_type = "not in the table"  # Parakeet itself gets dense masks
     with pytest.raises(NotImplementedError, match=r"reads the attention mask itself.*dtype == torch.bool"):
-        patch_model(build(transformers.ParakeetEncoder, config))
+        patch_model(encoder)
 
 
 def test_bad_arguments():
@@ -245,8 +256,8 @@ def test_attention_weights_are_an_error_not_an_empty_tuple():
 
 def test_unknown_tensor_arguments_raise():
     model = patch_model(causal_model("llama"))
-    with pytest.raises(NotImplementedError, match=r"\['indices'\]"):
-        model(tokens(), indices=torch.zeros(1))
+    with pytest.raises(NotImplementedError, match=r"\['block_indices'\]"):
+        model(tokens(), block_indices=torch.zeros(1))
     model(tokens(), num_items_in_batch=torch.tensor(3), some_flag=True)
 
 
@@ -269,6 +280,17 @@ def test_report_counts_calls_and_finds_modules_never_reached():
     assert list(report.calls.values()) == [2, 1]
     assert not report.not_reached
     assert "2 attention modules" in str(report)
+
+
+def test_report_names_modules_that_a_forward_passed_by():
+    model = patch_model(build_vlm())
+    assert "reached by no forward" not in str(patch_report(model))  # nothing has run yet
+    with torch.no_grad():
+        model(input_ids=tokens(2))
+    report = patch_report(model)
+    assert report.not_reached
+    assert all("vision" in name or "visual" in name for name in report.not_reached)
+    assert report.not_reached[0] in str(report)
 
 
 def test_fallback_to_sdpa_is_exact_and_counted(monkeypatch):

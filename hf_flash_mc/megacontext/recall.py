@@ -70,12 +70,13 @@ class RecallIndex:
         self.store.append(keys.cpu())
 
     @torch.no_grad()
-    def mass(self, queries: Tensor, first: int) -> Tensor:
+    def mass(self, queries: Tensor, first: int, sink: int = 0) -> Tensor:
         """What share of a query's attention a whole block of the history gets, at most: float32 [blocks].
 
         The most over queries and heads, as a single token of a question may be the one that asks, and over the blocks
         beside it, at a discount.
-        queries ``[L, Hq, n, D]``, rotated at positions ``first, first + 1, ...``
+        queries ``[L, Hq, n, D]``, rotated at positions ``first, first + 1, ...``; sink: first tokens, which get
+        attention for nothing, and whose blocks count 0.
         """
         device, count = queries.device, queries.shape[2]
         blocks = len(self) // self.block_size
@@ -89,6 +90,7 @@ class RecallIndex:
             logits = torch.einsum("hnd,thd->hnt", asked, held)
             found.append(logits.unflatten(-1, (-1, self.block_size)).logsumexp(-1))
         mass = torch.cat(found, -1).softmax(-1).amax((0, 1))  # [P', n, blocks] -> [blocks]
+        mass[: sink // self.block_size] = 0.0
         return torch.maximum(mass, NEIGHBOUR * F.max_pool1d(mass[None], 3, 1, 1)[0])
 
     def _chunks(self, stop: int) -> Iterator[Tensor]:

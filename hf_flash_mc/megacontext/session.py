@@ -232,7 +232,8 @@ class MegaContextSession:
                 'lens={"kind": "recall"}'
             )
         queries, wc = self.cache.last_queries(last), self.working_context
-        blocks = self.memory.recall.mass(queries, self.memory.numbering.next - queries.shape[2]).cpu().numpy()
+        first = self.memory.numbering.next - queries.shape[2]
+        blocks = self.memory.recall.mass(queries, first, self.config.sink_tokens).cpu().numpy()
         return torch.from_numpy(entry_mass(blocks, wc.start, wc.span, self.config.block_size)).to(self.device)
 
     def apply(self, edits: Edits, *, refocus: bool = False) -> None:

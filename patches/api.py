@@ -227,8 +227,14 @@ def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
         for name, held in vars(ours).items():
             if id(held) in copies:
                 vars(ours)[name] = copies[id(held)]
-    adapted = [(m, type(m)) for m in root.modules() if adapter_of(type(m)) is not None]
-    state = _State(options, [], skipped, adapted, [(c, copies[id(c)], dict(vars(copies[id(c)]))) for c in configs])
+    adapted = [(m, adapter) for m in root.modules() if (adapter := adapter_of(type(m))) is not None]
+    state = _State(
+        options,
+        [],
+        skipped,
+        [(m, type(m)) for m, _ in adapted],
+        [(c, copies[id(c)], dict(vars(copies[id(c)]))) for c in configs],
+    )
     for config in configs:
         if id(config) in targets:
             copies[id(config)]._attn_implementation_internal = KEY
@@ -236,8 +242,8 @@ def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
     for name, module in attention.items():
         module._mc_record = ModuleRecord(name, options)
         state.records.append((module, module._mc_record))
-    for module, cls in adapted:
-        module.__class__ = adapter_of(cls)
+    for module, adapter in adapted:
+        module.__class__ = adapter
     vars(root)["_mc_state"] = state
 
 

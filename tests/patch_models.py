@@ -104,6 +104,7 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoX", {}),
     "deepseek_v2": ("DeepseekV2", {**MLA, "topk_method": "greedy"}),
     "deepseek_v3": ("DeepseekV3", MLA),
+    "deepseek_v32": ("DeepseekV32", {**MLA, "index_topk": 5, "index_n_heads": 2, "index_head_dim": 16}),
     "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0}),
     "bloom": ("Bloom", NO_DROPOUT),
     "mpt": ("Mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),

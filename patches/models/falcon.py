@@ -21,7 +21,7 @@ from ..masks import split_mask
 class McFalconModel(FalconModel):
     """FalconModel that makes no ALiBi itself, so that its mask stays one of key ranges."""
 
-    use_alibi = property(lambda self: False)  # type: ignore[assignment]  # hides the instance's attribute
+    use_alibi = property(lambda self: False)  # hides the instance's attribute
 
 
 class McFalconAttention(FalconAttention):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 
 import pytest
@@ -11,7 +13,9 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="hf_flash_mc_inductor_"))
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    _folder = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="hf_flash_mc_inductor_")
+    atexit.register(shutil.rmtree, _folder, ignore_errors=True)
 torch.set_num_threads(1)
 
 if os.environ.get("TRITON_INTERPRET") == "1":

@@ -13,6 +13,7 @@ class Family(NamedTuple):
     """One row. ``model_types`` are transformers' `config.model_type`; ``refused`` is the reason, None = supported.
 
     ``dense_masks``: the family's code computes with its masks, so it gets bool [B, 1, Q, K] as sdpa does, O(S^2).
+    ``float_masks``: the same as numbers to add, as eager gets them, for code that adds a bias to its mask.
     """
 
     name: str
@@ -21,6 +22,7 @@ class Family(NamedTuple):
     tested: bool = False
     refused: str | None = None
     dense_masks: bool = False
+    float_masks: bool = False
 
 
 _SPARSE = "it selects blocks of keys by sparse indices, which the attention ops do not have"
@@ -32,8 +34,24 @@ FAMILIES: tuple[Family, ...] = (
     Family("Qwen3", ("qwen3",), "causal, GQA, query and key norms", tested=True),
     Family("Gemma 2", ("gemma2",), "softcap, sliding window in every other layer", tested=True),
     Family("Gemma 3", ("gemma3_text", "gemma3"), "sliding window in five of six layers, image blocks", tested=True),
+    Family(
+        "Gemma 4",
+        ("gemma4_text", "gemma4", "gemma4_unified_text", "gemma4_unified"),
+        "head dim 512 in full layers, which the GPU kernels refuse for now (the CPU takes it, and so does "
+        'fallback="sdpa"); image blocks',
+        tested=True,
+    ),
     Family("gpt-oss", ("gpt_oss",), "learned sinks, sliding window", tested=True),
     Family("Llama 4", ("llama4_text", "llama4"), "chunked attention", tested=True),
+    Family("Qwen 2", ("qwen2",), "sliding window in upper layers", tested=True),
+    Family("Mixtral and Qwen3-MoE", ("mixtral", "qwen3_moe"), "mixtures of experts", tested=True),
+    Family("Cohere 2", ("cohere2",), "sliding window in three of four layers", tested=True),
+    Family("StarCoder 2", ("starcoder2",), "sliding window", tested=True),
+    Family("Granite", ("granite",), "scale of its own", tested=True),
+    Family(
+        "Gemma, OLMo 2, SmolLM3, GPT-NeoX, OPT", ("gemma", "olmo2", "smollm3", "gpt_neox", "opt"), "causal", tested=True
+    ),
+    Family("DeepSeek V2 and V3", ("deepseek_v2", "deepseek_v3"), "value head dim unlike the key's", tested=True),
     Family("Phi-3", ("phi3",), "head dim 96", tested=True),
     Family("GPT-2", ("gpt2",), "causal, attention dropout", tested=True),
     Family("BERT", ("bert",), "bidirectional, any padding", tested=True),
@@ -84,6 +102,7 @@ FAMILIES: tuple[Family, ...] = (
         "masks and position biases that are added up",
         dense_masks=True,
     ),
+    Family("BEiT", ("beit",), "relative position bias with a gradient, added to the mask", float_masks=True),
     Family(
         "SigLIP 2",
         ("siglip2", "siglip2_vision_model", "siglip2_text_model", "phi4_multimodal_vision"),
@@ -124,6 +143,7 @@ FAMILIES: tuple[Family, ...] = (
             "axk2",
             "dots3_note",
             "dots3_note_text",
+            "dots3_note_audio_encoder",
             "hy_v4",
             "hy_v4_vl",
             "hy_v4_vl_text",
@@ -131,6 +151,7 @@ FAMILIES: tuple[Family, ...] = (
             "mistral_large4_text",
         ),
         "keys chosen by an indexer (dense cost)",
+        tested=True,
         dense_masks=True,
     ),
     Family("DeepSeek V4", ("deepseek_v4",), "compressed key blocks appended to the mask", refused=_READS_MASK),
@@ -168,5 +189,7 @@ HARMLESS_CLASSES = frozenset(
 
 # Families that compute with their masks: they get dense ones.
 DENSE_MASKS = frozenset(t for family in FAMILIES if family.dense_masks for t in family.model_types)
+
+FLOAT_MASKS = frozenset(t for family in FAMILIES if family.float_masks for t in family.model_types)
 
 REFUSED: dict[str, Family] = {t: family for family in FAMILIES if family.refused for t in family.model_types}

@@ -24,14 +24,12 @@ def env() -> None:
 
 
 @app.command()
-def models() -> None:
-    """Model families with a row of their own: what each needs, whether it is tested, what is refused and why."""
-    from hf_flash_mc.patches.support import FAMILIES
+def models(name: str = typer.Argument("", help="A part of a model type's name; empty: all.")) -> None:
+    """Every model type of transformers: exact, refused and why, or not tested and why."""
+    from hf_flash_mc.patches import table
 
-    for family in FAMILIES:
-        state = f"refused: {family.refused}" if family.refused else "tested" if family.tested else "not tested"
-        typer.echo(f"{family.name}: {family.needs} ({state})")
-    typer.echo("Other families run if their attention goes through transformers' attention interface.")
+    for line in table.lines(name):
+        typer.echo(line)
 
 
 @app.command()

@@ -1,0 +1,288 @@
+"""Every model type of the installed transformers, patched against stock eager, as a table.
+
+    python tests/families.py                 run all types (some 12 minutes of one core) and print a row each
+    python tests/families.py --update [...]  run these types (default: all) and write their rows and docs/models.md
+    python tests/families.py --oldest FILE   take the column of the oldest version from rows printed there
+    python tests/families.py --render        write docs/models.md
+
+timm and scipy, where installed, let more types be built.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from family_configs import build, candidates, configs
+from family_inputs import candidates as input_candidates
+from family_inputs import masks
+from family_special import SPECIAL
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from hf_flash_mc.patches import patch_model, table
+from hf_flash_mc.patches.api import runs_here
+
+DOCS = Path(__file__).parents[1] / "docs" / "models.md"
+SECONDS = 60  # for one model type
+
+
+class Verdict(NamedTuple):
+    model_type: str
+    verdict: str  # a key of table.MEANING, or "wrong"
+    reason: str = ""
+    modules: int = 0
+    reached: int = 0
+    runs: str = ""
+
+
+def tensors(out: Any) -> list[Tensor]:
+    """The float tensors of an output, in order, nested ones too."""
+    if isinstance(out, Tensor):
+        return [out] if out.is_floating_point() else []
+    if isinstance(out, dict):
+        out = [value for name, value in out.items() if "attentions" not in name]
+    return [t for part in out for t in tensors(part)] if isinstance(out, (list, tuple)) else []
+
+
+def outputs_and_gradients(model: nn.Module, path: str, inputs: dict[str, Any], rows: Tensor | None):
+    """Output tensors (on the rows that count) of the part at ``path``, and the gradient of every parameter."""
+    model.zero_grad()
+    part = model.get_submodule(path)
+    torch.manual_seed(0)
+    out = tensors(part(**inputs))
+    if rows is not None:
+        out = [t[rows] for t in out if t.dim() >= 2 and t.shape[:2] == rows.shape]
+    loss = torch.zeros(())
+    for t in out:
+        if t.requires_grad and t.numel() and t.isfinite().all():
+            weight = torch.randn(t.shape, generator=torch.Generator().manual_seed(2)).to(t.dtype)
+            loss = loss + (t * weight).mean()
+    if loss.requires_grad:
+        loss.backward()
+    return [t.detach() for t in out], {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def difference(got, expected) -> float:
+    """Largest difference of outputs and gradients in units of the largest value (outputs: at least of 1)."""
+    (out, grads), (ref, ref_grads) = got, expected
+    worst = 0.0
+    for a, b in zip(out, ref, strict=True):
+        ok = b.isfinite()
+        if a.shape != b.shape:
+            return float("inf")
+        if not torch.equal(a.isfinite(), ok):
+            return float("inf")
+        if ok.any():
+            worst = max(worst, ((a - b)[ok].abs().max() / b[ok].abs().max().clamp(min=1)).item())
+    if grads.keys() != ref_grads.keys():
+        return float("inf")
+    largest = max([g.abs().max().item() for g in ref_grads.values() if g.numel()], default=0.0)
+    for name, grad in ((n, g) for n, g in grads.items() if g.numel()):
+        worst = max(worst, (grad - ref_grads[name]).abs().max().item() / max(largest, 1e-20))
+    return worst if worst == worst else float("inf")
+
+
+def find_runs(model: nn.Module) -> tuple[list[tuple[str, dict[str, Any]]], int, set[str], str]:
+    """(path, inputs) of calls that together reach the attention modules; how many there are, which are reached."""
+    attention = [n for n, m in model.named_modules() if runs_here(type(m))]
+    reached: set[str] = set()
+    hooks = [
+        m.register_forward_pre_hook(lambda *_, n=n: reached.add(n))
+        for n, m in model.named_modules()
+        if n in set(attention)
+    ]
+    runs, error = [], ""
+    parts = [n for n, m in model.named_modules() if isinstance(m, PreTrainedModel)]
+    for path in parts:
+        mine = {n for n in attention if not path or n.startswith(path + ".")}
+        if path and not mine - reached:
+            continue
+        part = model.get_submodule(path)
+        for count, inputs in enumerate(input_candidates(part)):
+            if count and not mine - reached:
+                break
+            before = set(reached)
+            try:
+                torch.manual_seed(0)
+                with torch.no_grad():
+                    part(**copy.deepcopy(inputs))
+            except Timeout:
+                raise
+            except Exception as e:
+                error = f"{path}({', '.join(inputs)}): {type(e).__name__}: {e}"
+                reached &= before
+                continue
+            if reached - before:
+                runs.append((path, inputs))
+            if not mine - reached:
+                break
+    for hook in hooks:
+        hook.remove()
+    return runs, len(attention), reached, error
+
+
+class Timeout(Exception):
+    pass
+
+
+def _alarm(*_: Any) -> None:
+    raise Timeout
+
+
+def short(error: Any) -> str:
+    text = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else str(error)
+    return " ".join(text.split())[:300]
+
+
+def compare(model: nn.Module, runs) -> tuple[float, list[str]]:
+    """Eager against patched over runs and paddings; the worst difference and the names of what was run."""
+    ours = patch_model(copy.deepcopy(model))
+    worst, done = 0.0, []
+    for path, inputs in runs:
+        part = model.get_submodule(path)
+        for name, given, rows in masks(part, inputs):
+            try:
+                expected = outputs_and_gradients(model, path, copy.deepcopy(given), rows)
+            except Timeout:
+                raise
+            except Exception:
+                if name == "none":
+                    raise
+                continue  # it takes no such padding
+            if rows is not None and not expected[0]:
+                continue
+            got = outputs_and_gradients(ours, path, copy.deepcopy(given), rows)
+            worst = max(worst, difference(got, expected))
+            done.append(f"{path}:{name}" if path else name)
+            if not expected[1]:
+                done[-1] += "(no gradient)"
+    return worst, done
+
+
+def rounding(model: nn.Module, runs) -> float:
+    """The error of stock eager in float32 against float64, as `compare` measures differences."""
+    double, worst = copy.deepcopy(model).double(), 0.0
+    for path, inputs in runs:
+        for _, given, rows in masks(model.get_submodule(path), inputs):
+            expected = outputs_and_gradients(double, path, to_double(given), rows)
+            got = outputs_and_gradients(model, path, copy.deepcopy(given), rows)
+            worst = max(worst, difference(got, expected))
+    return worst
+
+
+def classify(model_type: str) -> Verdict:
+    found: list[Verdict] = []
+    special = SPECIAL.get(model_type, {})
+    error: Any = None
+    for cls in candidates(model_type)[:3]:
+        for config in configs(model_type, special):
+            if isinstance(config, Exception):
+                error = error or config
+                continue
+            try:
+                model = build(cls, config)
+            except Timeout:
+                raise
+            except Exception as e:
+                error = error or e
+                continue
+            verdict = judge(model_type, model)
+            if verdict.verdict in ("exact", "wrong", "refused"):
+                return verdict
+            found.append(verdict)
+    if found:
+        return max(found, key=lambda v: (v.verdict == "not run", v.reached))
+    return Verdict(model_type, "not run" if error else "part", short(error) if error else "")
+
+
+def judge(model_type: str, model: nn.Module) -> Verdict:
+    attention = sum(runs_here(type(m)) for m in model.modules())
+    try:
+        patch_model(copy.deepcopy(model))
+    except NotImplementedError as error:
+        return Verdict(model_type, "refused", short(str(error)), attention)
+    except ValueError as error:
+        if "nothing to patch" in str(error):
+            return Verdict(model_type, "no attention", "")
+        raise
+    runs, modules, reached, error = find_runs(model)
+    if len(reached) < modules or not modules:
+        return Verdict(
+            model_type, "not run", short(error or "no input found that reaches all attention"), modules, len(reached)
+        )
+    try:
+        worst, done = compare(model, runs)
+        if not worst <= 1e-5:
+            double = compare(copy.deepcopy(model).double(), [(p, to_double(i)) for p, i in runs])[0]
+            # rounding shrinks in float64 (to some 1e-5 where a model upcasts to float32 inside), an error does not
+            if not double <= max(1e-5, worst / 100) and not rounding(model, runs) >= worst / 2:
+                reason = f"{worst:.1e} from eager in float32, {double:.1e} in float64"
+                return Verdict(model_type, "wrong", reason, modules, len(reached), " ".join(done))
+    except Timeout:
+        raise
+    except Exception as e:
+        return Verdict(model_type, "wrong", short(e), modules, len(reached))
+    return Verdict(model_type, "exact", f"{worst:.1e}", modules, len(reached), " ".join(done))
+
+
+def to_double(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def run(types: list[str]) -> Iterator[Verdict]:
+    """The verdict on each type; a type that takes too long counts as not run."""
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    signal.signal(signal.SIGALRM, _alarm)
+    for model_type in types:
+        signal.alarm(SECONDS)
+        try:
+            yield classify(model_type)
+        except Timeout:
+            yield Verdict(model_type, "not run", f"longer than {SECONDS} s")
+        except Exception as error:
+            yield Verdict(model_type, "not run", short(error))
+        finally:
+            signal.alarm(0)
+
+
+def row(verdict: Verdict) -> table.Row:
+    reason = "" if verdict.verdict == "exact" else verdict.reason
+    route = table.route_of(verdict.model_type)
+    return table.Row(
+        verdict.model_type, verdict.verdict, route, verdict.modules, verdict.runs, reason, transformers.__version__
+    )
+
+
+def main(arguments: list[str]) -> None:
+    torch.set_num_threads(1)
+    action = arguments.pop(0) if arguments and arguments[0].startswith("--") else None
+    known = dict(table.rows()) if action and table.FILE.exists() else {}
+    if action == "--oldest":
+        found = [json.loads(line) for line in Path(arguments[0]).read_text().splitlines()]
+        for old in found:
+            if old["model_type"] in known:
+                known[old["model_type"]] = known[old["model_type"]]._replace(oldest=old["verdict"])
+    elif action != "--render":
+        for verdict in run(arguments or list(CONFIG_MAPPING_NAMES)):
+            print(json.dumps(verdict._asdict()), flush=True)
+            if action == "--update":
+                oldest = known[verdict.model_type].oldest if verdict.model_type in known else ""
+                known[verdict.model_type] = row(verdict)._replace(oldest=oldest)
+    if action:
+        table.write(list(known.values()))
+        DOCS.write_text(table.markdown())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

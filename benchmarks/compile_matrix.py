@@ -72,7 +72,8 @@ class Result:
 
 
 USUAL = ("plain", "causal", "ranges", "many")
-RARER = ("window", "mask", "bias", "weight", "alibi", "softcap", "sinks", "dropout", "varlen", "varlen_causal")
+RARER = ("window", "mask", "bias", "weight", "alibi", "softcap", "sinks", "dropout", "varlen", "varlen_causal",
+         "blocks", "blocks_causal")  # fmt: skip
 SPECIAL = ((16, 16), (32, 32), (64, 64), (2048, 8), (2048, 32), (8, 4096), (32, 4096), (1, 4096))
 # Every row of the tile table is met: both widths and its three head-dim limits; every feature at the two usual sizes.
 CASES = [
@@ -123,10 +124,16 @@ def call_of(case: Case) -> dict[str, Any]:
         "softcap": {"causal": True, "softcap": 50.0},
         "sinks": {"causal": True, "window_left": 127, "sinks": torch.zeros(hq)},
         "dropout": {"causal": True, "dropout_p": 0.1, "dropout_seed": torch.zeros(1, dtype=torch.int64)},
+        "blocks": {
+            "block_rows": torch.zeros(b, 1, -(-sq // 128), -(-sk // 128) + 1, 2, dtype=torch.int32),
+            "block_columns": torch.zeros(b, 1, -(-sk // 128), -(-sq // 128) + 1, 2, dtype=torch.int32),
+            "block_bits": torch.zeros(1, 129, 4, dtype=torch.int32),
+        },
         "varlen": {},
         "varlen_causal": {"causal": True},
     }
     many = [options[n] for n in ("ranges", "weight", "alibi", "softcap", "sinks", "dropout")]
+    options["blocks_causal"] = options["blocks"] | options["causal"]
     options["many"] = {key: value for o in many for key, value in o.items()}
     return {
         "qkv": (q, k, v),

@@ -7,11 +7,14 @@ if not __name__.startswith("hf_flash_mc."):
     )
 
 from .api import Explanation, explain_attention, flash_attention, flash_attention_varlen
+from .block_mask import BlockLists, evaluate_block_mask
 from .distributed import merge_attention
 from .library import sac_save_list
 
 __all__ = [
+    "BlockLists",
     "Explanation",
+    "evaluate_block_mask",
     "explain_attention",
     "flash_attention",
     "flash_attention_varlen",

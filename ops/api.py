@@ -16,6 +16,7 @@ _INF = float("inf")
 # what "auto" is for tensors of a device type: "auto" again where ops/auto.py chooses call by call, below the op;
 # a meta tensor's call only has a shape
 _AUTO = {"cpu": "cpu", "cuda": "auto", "xpu": "triton", "meta": "reference"}
+_DENSE = ("cpu", "reference")  # those for which a block mask becomes a bool mask
 _SERVED = {("cpu", "cpu"), ("cuda", "auto"), ("cuda", "hopper"), ("cuda", "triton"), ("xpu", "triton")}
 
 
@@ -52,8 +53,8 @@ def flash_attention(
         causal: row i sees keys up to i + Sk - Sq (aligned at the bottom right).
         window: ``(left, right)``: row i sees keys from i + Sk - Sq - left to i + Sk - Sq + right; None is unbounded.
         key_ranges: int32 ``[B or 1, Hq or 1, Sq, 2]``: row i sees keys lo <= j < hi, clamped to [0, Sk].
-        mask: bool, True = seen, broadcastable to ``[B, Hq, Sq, Sk]``; or a flex_attention BlockMask, which is
-            evaluated into such a mask here: memory of the order Sq * Sk.
+        mask: bool, True = seen, broadcastable to ``[B, Hq, Sq, Sk]``; or a flex_attention BlockMask of B or 1 times
+            Hq or 1 masks, or what ``evaluate_block_mask`` makes of one: on a GPU the cost follows its density.
         bias: broadcastable to ``[B, Hq, Sq, Sk]``; differentiable. It and the next four: fp32 or q's dtype.
         key_log_weight: ``[B or 1, Hkv or 1, Sk]``: the key weighs like exp(w) keys, -inf removes it; differentiable.
         alibi_slopes: ``[Hq]`` or ``[B, Hq]``: adds -slope * |i + Sk - Sq - j|; no gradient.
@@ -84,12 +85,15 @@ def flash_attention(
     left, right = (-1, -1) if window is None else _window(window)
     cap = 0.0 if softcap is None else _softcap(softcap)
     seed = _seed(dropout_seed, q) if dropout_p else None
+    blocks: tuple[Tensor | None, ...] = (None, None, None)
     if mask is not None:
-        mask = _four_dims(mask if isinstance(mask, Tensor) else _evaluate(mask, q, k))
+        if not isinstance(mask, Tensor):
+            mask, blocks = _read_mask(mask, q, k, impl)
+        mask = _four_dims(mask)
     if bias is not None:
         bias = _four_dims(bias)
     options = (
-        key_ranges, mask, bias, key_log_weight, alibi_slopes, sinks, seed,
+        key_ranges, mask, bias, key_log_weight, alibi_slopes, sinks, seed, *blocks,
         scale, causal, left, right, cap, dropout_p, dropout_offsets,
     )  # fmt: skip
     if not compiling:  # there the fakes check
@@ -157,7 +161,7 @@ def flash_attention_varlen(
     cu_seqlens_q, cu_seqlens_k = _int32(cu_seqlens_q), _int32(cu_seqlens_k)
     packed = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = (
-        key_ranges, mask, bias, key_log_weight, alibi_slopes, sinks, seed,
+        key_ranges, mask, bias, key_log_weight, alibi_slopes, sinks, seed, None, None, None,
         scale, causal, left, right, cap, dropout_p, dropout_offsets,
     )  # fmt: skip
     if not compiling:
@@ -188,11 +192,11 @@ def explain_attention(q: Tensor, k: Tensor, v: Tensor, *, impl: str = "auto", **
     chosen: str = _AUTO.get(q.device.type, "auto") if impl == "auto" else impl
     reasons = [f"impl={impl!r} was asked for"] if impl != "auto" else []
     mask = options.get("mask")
-    if mask is not None and not isinstance(mask, Tensor):
-        reasons.append("mask: a BlockMask becomes a dense mask of memory Sq * Sk; key_ranges would cost O(Sq)")
+    if mask is not None and not isinstance(mask, Tensor) and chosen in _DENSE:
+        reasons.append("mask: here a BlockMask becomes a dense mask of memory Sq * Sk; key_ranges would cost O(Sq)")
     if _autocast(q.device.type):
         q, k, v = library.autocast_qkv(q.device.type, q, k, v)
-    spec, varlen = _describe(q, options)
+    spec, varlen = _describe(q, options, chosen)
     problems = [text for _, text in checks.find_problems(q, k, v, chosen, spec, varlen)]
     if not problems:
         back_end = library.back_end(chosen)
@@ -213,7 +217,7 @@ _WHY = {
 }
 
 
-def _describe(q: Tensor, options: dict[str, Any]) -> tuple[Spec, Varlen | None]:
+def _describe(q: Tensor, options: dict[str, Any], impl: str) -> tuple[Spec, Varlen | None]:
     """The Spec of these keyword arguments; seeds and masks are not made, only stood in for."""
     options = dict(options)
     options.pop("return_lse", None)
@@ -231,6 +235,10 @@ def _describe(q: Tensor, options: dict[str, Any]) -> tuple[Spec, Varlen | None]:
     options["bias"] = _four_dims(options.get("bias"))
     mask = options.get("mask")
     options["mask"] = _four_dims(mask) if isinstance(mask, Tensor) else None
+    if mask is not None and not isinstance(mask, Tensor) and impl not in _DENSE:
+        from .block_mask import stand_ins
+
+        options["block_rows"], options["block_columns"], options["block_bits"] = stand_ins(mask, q)
     return Spec(**options), varlen
 
 
@@ -238,12 +246,12 @@ def _check(
     q: Any, k: Any, v: Any, kind: str, impl: str, options: tuple[Any, ...], varlen: Varlen | None = None
 ) -> None:
     """Raise every reason why an eager call cannot run; the usual call passes in two or three microseconds."""
-    ranges, mask, bias, weight, slopes, sinks, seed, *_ = options
+    ranges, mask, bias, weight, slopes, sinks, seed, blocks, *_ = options
     problems = []
     if not (
         _is_plain(q, k, v, kind, impl, options, varlen)
         and (
-            (varlen is None and ranges is mask is bias is weight is slopes is sinks is seed is None)
+            (varlen is None and ranges is mask is bias is weight is slopes is sinks is seed is blocks is None)
             or checks.options_fit(q, k, Spec(*options), varlen)
         )
     ):
@@ -266,7 +274,7 @@ def _is_plain(q: Any, k: Any, v: Any, kind: str, impl: str, options: tuple[Any, 
             bq = bk = bv = 1
     except (AttributeError, ValueError):
         return False
-    scale, _, left, right, cap, dropout_p, _ = options[7:]
+    scale, _, left, right, cap, dropout_p, _ = options[10:]
     dtype, device = q.dtype, q.device
     return (
         bq == bk == bv
@@ -331,10 +339,10 @@ def _four_dims(x: Any) -> Any:
     return x[(None,) * (4 - x.dim())] if isinstance(x, Tensor) and x.dim() < 4 else x
 
 
-def _evaluate(mask: Any, q: Tensor, k: Tensor) -> Any:
-    from .block_mask import dense_mask
+def _read_mask(mask: Any, q: Tensor, k: Tensor, impl: str) -> tuple[Any, tuple[Tensor | None, ...]]:
+    from .block_mask import read_mask
 
-    return dense_mask(mask, q, k)
+    return read_mask(mask, q, k, impl in _DENSE)
 
 
 def _int32(x: Any) -> Any:

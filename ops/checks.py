@@ -202,6 +202,8 @@ def _check_options(q: Tensor, k: Tensor, spec: Spec, varlen: Varlen | None, say:
             and not _fits(x, shapes[-1], sizes)
         ):
             say((ValueError, f"{name}: expected {layout}, got shape {_shape(x)} with q {_shape(q)}, k {_shape(k)}"))
+    if spec.block_rows is not None:
+        _check_blocks(q, spec, sizes, varlen, say)
     if isinstance(spec.alibi_slopes, Tensor) and spec.alibi_slopes.requires_grad:
         say(
             (
@@ -212,6 +214,33 @@ def _check_options(q: Tensor, k: Tensor, spec: Spec, varlen: Varlen | None, say:
     seed = spec.dropout_seed
     if seed is not None and _is_tensor("dropout_seed", seed, q, (torch.int64,), say) and seed.numel() != 1:
         say((ValueError, f"dropout_seed: expected one element, got shape {_shape(seed)}"))
+
+
+def _check_blocks(
+    q: Tensor, spec: Spec, sizes: dict[str, int], varlen: Varlen | None, say: Callable[[Problem], None]
+) -> None:
+    """The lists and bits of a block mask."""
+    rows, columns, bits = spec.block_rows, spec.block_columns, spec.block_bits
+    if varlen is not None:
+        say((NotImplementedError, "mask: packed sequences take none; use key_ranges, or pad and use flash_attention"))
+    elif spec.mask is not None or rows is None or columns is None or bits is None:
+        say((ValueError, "mask: expected a bool mask or all three tensors of a block mask, got some of both"))
+    elif all(_is_tensor("mask", x, q, (torch.int32,), say) for x in (rows, columns, bits)):
+        cq, ck = (bits.shape[1] - 1, bits.shape[2] * 32) if bits.dim() == 3 else (0, 0)
+        if cq not in (64, 128) or ck not in (64, 128):
+            say((ValueError, f"mask: expected bits of blocks 64 or 128 long, got shape {_shape(bits)}"))
+            return
+        m, n = -(-sizes["q"] // cq), -(-sizes["k"] // ck)
+        for x, shape in ((rows, (m, n + 1, 2)), (columns, (n, m + 1, 2))):
+            planes = zip(x.shape, (sizes["b"], sizes["h"]), strict=False)
+            if x.dim() != 5 or x.shape[2:] != shape or any(have != all_ and have != 1 for have, all_ in planes):
+                say(
+                    (
+                        ValueError,
+                        f"mask: expected a block mask of B or 1 times Hq or 1 planes of {m} x {n} blocks of {cq} x "
+                        f"{ck}, got lists of shape {_shape(x)} with q {_shape(q)}",
+                    )
+                )
 
 
 def _check_varlen(q: Tensor, varlen: Varlen, say: Callable[[Problem], None]) -> None:

@@ -26,6 +26,7 @@ _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INF = float("inf")
+_NO_BLOCKS = "impl='cpu' takes a block mask as a bool mask, as flash_attention gives it"
 
 Piece = tuple[slice, slice, slice, slice, bool]  # batch, query heads, rows, keys, causal (square, top left)
 
@@ -37,11 +38,15 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | No
         reasons.append(f"impl='cpu' needs tensors on the CPU, got q on {q.device}, k on {k.device}, v on {v.device}")
     if q.dtype not in _DTYPES:
         reasons.append(f"impl='cpu' takes float16, bfloat16, float32 and float64, got {q.dtype}")
+    if spec.block_rows is not None:
+        reasons.append(_NO_BLOCKS)
     return reasons
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None = None) -> tuple[Tensor, Tensor]:
     """Returns ``out`` ([B, Hq, Sq, Dv], or [Tq, Hq, Dv] packed) in q's dtype and ``lse`` ([B, Hq, Sq], or [Hq, Tq])."""
+    if spec.block_rows is not None:
+        raise NotImplementedError(_NO_BLOCKS)
     out, lse = new_bshd(q, v.shape[-1]), new_lse(q)
     if varlen is None:
         _forward(q, k, v, spec, out, lse)

@@ -58,7 +58,9 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | No
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None) -> tuple[Tensor, Tensor]:
-    options: dict[str, Any] = spec._asdict()
+    if spec.block_rows is not None:
+        raise NotImplementedError("impl='reference' takes a block mask as a bool mask, as flash_attention gives it")
+    options: dict[str, Any] = {name: x for name, x in spec._asdict().items() if not name.startswith("block_")}
     left, right = options.pop("window_left"), options.pop("window_right")
     options["window"] = (None if left < 0 else left, None if right < 0 else right)
     if varlen is None:

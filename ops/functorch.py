@@ -100,7 +100,9 @@ def _fold_options(options: tuple[Any, ...], in_dims: tuple[Any, ...], n: int, b:
     if dims.sinks is not None:
         raise NotImplementedError("sinks: vmap over them; loop over the samples instead")
     changed: dict[str, Any] = {}
-    for name in ("key_ranges", "mask", "bias", "key_log_weight"):
+    if any(getattr(dims, name) is not None for name in ("block_rows", "block_columns", "block_bits")):
+        raise NotImplementedError("mask: vmap over block masks; put the samples into the batch dimension instead")
+    for name in ("key_ranges", "mask", "bias", "key_log_weight", "block_rows", "block_columns"):
         x, dim = getattr(spec, name), getattr(dims, name)
         if x is not None and not (keep and dim is None and x.shape[0] == 1):
             changed[name] = _fold(x, dim, n, b)

@@ -21,19 +21,20 @@ from .lazy import when_imported
 from .spec import Needs, Spec, Varlen, new_bshd, new_lse
 
 # Compile caches do not notice a changed fake or backward formula: raise the version when either contract changes.
-NAMESPACE = "hf_flash_mc_v1"
+NAMESPACE = "hf_flash_mc_v2"
 # "auto" is what tensors on a GPU get: it chooses below the op
 BACK_ENDS = {"auto": "auto", "hopper": "hopper.launch", "triton": "portable.launch", "cpu": "cpu", "reference": "dense"}
 
 _SPEC = (
     "Tensor? key_ranges=None, Tensor? mask=None, Tensor? bias=None, Tensor? key_log_weight=None, "
-    "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? dropout_seed=None, float? scale=None, bool causal=False, "
+    "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? dropout_seed=None, Tensor? block_rows=None, "
+    "Tensor? block_columns=None, Tensor? block_bits=None, float? scale=None, bool causal=False, "
     "SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, float dropout_p=0.0, "
     "SymInt[4] dropout_offsets=[0, 0, 0, 0]"
 )
 _PACKED = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
 _GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-_TENSORS, _NUMBERS = 7, 7  # how many of _SPEC's arguments are tensors (they come first), and are not
+_TENSORS, _NUMBERS = 10, 7  # how many of _SPEC's arguments are tensors (they come first), and are not
 
 _lib = torch.library.Library(NAMESPACE, "DEF")
 # Strides are read by every back end, so Inductor may keep any order it had in eager.
@@ -239,7 +240,8 @@ def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None, bwd: Any = Non
     args = (dout, dlse, q, k, v, out, lse, needs, deterministic, *packed, ctx.impl, *rest[:_TENSORS], *ctx.numbers)
     found = (bwd or (VARLEN_BWD if ctx.packed else BWD))(*args)
     dq, dk, dv, dbias, dweight, dsinks = (x if n else None for x, n in zip(found, needs, strict=True))
-    return (dq, dk, dv, *(None,) * (first - 3), None, None, dbias, dweight, None, dsinks, None, *(None,) * _NUMBERS)
+    others = (None, None, dbias, dweight, None, dsinks)
+    return (dq, dk, dv, *(None,) * (first - 3), *others, *(None,) * (_TENSORS - len(others) + _NUMBERS))
 
 
 def no_double_backward(ctx: Any, *grads: Tensor | None) -> Any:

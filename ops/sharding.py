@@ -17,9 +17,10 @@ from . import library
 # argument -> its (batch, head) dimensions; None where it has none
 _DENSE: dict[str, tuple[int | None, int | None]] = {
     **dict.fromkeys(("q", "k", "v", "dout", "fwd_out", "lse", "dlse"), (0, 1)),
-    **dict.fromkeys(("key_ranges", "mask", "bias", "key_log_weight"), (0, 1)),
+    **dict.fromkeys(("key_ranges", "mask", "bias", "key_log_weight", "block_rows", "block_columns"), (0, 1)),
     "sinks": (None, 0),
     "dropout_seed": (None, None),
+    "block_bits": (None, None),  # which both lists number through
 }
 _PACKED: dict[str, tuple[int | None, int | None]] = {
     **dict.fromkeys(("q", "k", "v", "dout", "fwd_out"), (None, 1)),

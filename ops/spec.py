@@ -22,6 +22,10 @@ class Spec(NamedTuple):
     alibi_slopes: Tensor | None = None  # [Hq] or [B, Hq]
     sinks: Tensor | None = None  # [Hq]
     dropout_seed: Tensor | None = None  # int64, one element
+    # a block mask (block_mask.BlockLists): which blocks of CQ x CK a row of blocks, and a column of them, shows
+    block_rows: Tensor | None = None  # int32 [B or 1, Hq or 1, ceil(Sq / CQ), ceil(Sk / CK) + 1, 2]
+    block_columns: Tensor | None = None  # int32 [B or 1, Hq or 1, ceil(Sk / CK), ceil(Sq / CQ) + 1, 2]
+    block_bits: Tensor | None = None  # int32 [partial blocks, CQ + 1, CK / 32]
     scale: float | None = None
     causal: bool = False
     window_left: int = -1

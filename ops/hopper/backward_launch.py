@@ -44,7 +44,8 @@ def unsupported_backward(
         reasons.append("deterministic: the fused backward sums dQ in no fixed order")
     if not (needs.dq and (needs.dk or needs.dv)):
         reasons.append("gradients: the fused backward computes dq, dk and dv together")
-    absent = {"packed sequences": varlen is not None, "mask": spec.mask is not None, "bias": spec.bias is not None}
+    masked = spec.mask is not None or spec.block_rows is not None
+    absent = {"packed sequences": varlen is not None, "mask": masked, "bias": spec.bias is not None}
     reasons += [f"{name}: not in the fused backward" for name, given in absent.items() if given]
     ranges = spec.key_ranges
     if ranges is not None:

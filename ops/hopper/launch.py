@@ -36,6 +36,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | No
         reasons.append(f"dtype {q.dtype}: the Hopper kernels take float16 and bfloat16")
     if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
         reasons.append(f"head dim {max(q.shape[-1], v.shape[-1])}: the Hopper kernels take up to {MAX_HEAD_DIM}")
+    if spec.block_rows is not None:
+        reasons.append("mask: the Hopper kernels walk no lists of blocks")
     for name, given in (("mask", spec.mask), ("bias", spec.bias)):
         if given is not None:
             reasons.append(f"{name}: the Hopper kernels read no dense tile of it")

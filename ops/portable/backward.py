@@ -12,6 +12,7 @@ row that saw no key, which makes its weights 0.
 import triton
 import triton.language as tl
 
+from .block_sparse import plan_blocks, tile_at, visible_tile
 from .common import (
     INT_MAX,
     LOG2E,
@@ -26,14 +27,12 @@ from .common import (
     keys_seen,
     load_parts,
     load_tile,
-    masked_start,
     plan_tiles,
     range_hull,
     row_ranges,
     scale_parts,
     sequence_bounds,
     store_parts,
-    visible,
     zero_parts,
 )
 
@@ -195,11 +194,9 @@ def _tile_meets_keys(bounds_ptr, tile, tiles, n0, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _plan_queries(plans_ptr, b64, head, stride_tb, stride_th, n0, sq, sk, window_left, window_right, F: tl.constexpr):
-    """Which query tiles the keys from n0 meet, with and without mask code."""
-    BLOCK_M: tl.constexpr = F.BLOCK_M
+def _rows_of_keys(plans_ptr, b64, head, stride_tb, stride_th, n0, sq, sk, window_left, window_right, F: tl.constexpr):
+    """Rows [first, last) that see some key from n0 on, and [full_lo, full_hi) that see all, by the interval rules."""
     BLOCK_N: tl.constexpr = F.BLOCK_N
-    ALL_MASKED: tl.constexpr = F.HAS_MASK
     if F.HAS_RANGES:
         at = plans_ptr + (b64 * stride_tb + head.to(tl.int64) * stride_th + n0 // BLOCK_N) * 4
         first = tl.load(at)
@@ -208,11 +205,37 @@ def _plan_queries(plans_ptr, b64, head, stride_tb, stride_th, n0, sq, sk, window
         full_hi = tl.load(at + 3)
     else:
         first, last, full_lo, full_hi = _queries_of_keys(n0, sq, sk, window_left, window_right, F)
+    return first, last, full_lo, full_hi
+
+
+@triton.jit
+def _plan_queries(plans_ptr, b64, head, stride_tb, stride_th, n0, sq, sk, window_left, window_right, F: tl.constexpr):
+    """Which query tiles the keys from n0 meet, with and without mask code."""
+    BLOCK_M: tl.constexpr = F.BLOCK_M
+    ALL_MASKED: tl.constexpr = F.HAS_MASK
+    first, last, full_lo, full_hi = _rows_of_keys(
+        plans_ptr, b64, head, stride_tb, stride_th, n0, sq, sk, window_left, window_right, F
+    )
     return plan_tiles(first, last, full_lo, full_hi, BLOCK_M, ALL_MASKED)
 
 
 @triton.jit
-def _key_tiles(dk, dv, dw, k, v, col, pointers, q_desc, do_desc, strides, batch, head0, heads, plan, seed_ptr, numbers,
+def _plan_listed_queries(blocks_ptr, stride_xb, stride_xh, stride_xm, plans_ptr, b64, head, stride_tb, stride_th, n0,
+                         sq, sk, window_left, window_right, F: tl.constexpr):  # fmt: skip
+    """The same where a block mask lists them."""
+    BLOCK_M: tl.constexpr = F.BLOCK_M
+    MASK_M: tl.constexpr = F.MASK_M
+    first, last, full_lo, full_hi = _rows_of_keys(
+        plans_ptr, b64, head, stride_tb, stride_th, n0, sq, sk, window_left, window_right, F
+    )
+    MASK_N: tl.constexpr = F.MASK_N
+    column = (n0 // MASK_N).to(tl.int64)
+    blocks = blocks_ptr + b64 * stride_xb + head.to(tl.int64) * stride_xh + column * stride_xm
+    return plan_blocks(blocks, first, last, full_lo, full_hi, BLOCK_M, MASK_M, F)
+
+
+@triton.jit
+def _key_tiles(dk, dv, dw, k, v, n0, pointers, q_desc, do_desc, strides, batch, head0, heads, plan, seed_ptr, numbers,
                sq, sk, F: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """The masked or the full query tiles of ``heads`` query heads, for one tile of keys; tiles are [BLOCK_N, BLOCK_M].
 
@@ -232,19 +255,18 @@ def _key_tiles(dk, dv, dw, k, v, col, pointers, q_desc, do_desc, strides, batch,
     (stride_qh, stride_qm, stride_dh, stride_dm, stride_row, dq_stride, stride_rh, stride_rm, stride_mh, stride_mm,
      stride_mn, stride_bh, stride_bm, stride_bn) = strides  # fmt: skip
     scale, softcap, keep_scale, window_left, window_right, threshold, off_b, off_h, off_m, off_n = numbers
-    start, full_start, full_tiles, left, masked_tiles = plan
+    SPAN: tl.constexpr = F.MASK_M
+    BLOCK_N: tl.constexpr = F.BLOCK_N
+    col = n0 + tl.arange(0, BLOCK_N)
     key_ok = col[:, None] < sk
     if F.HAS_WEIGHT:
         key_ok = key_in_use(weight_ptr, col, sk, F)[:, None]
-    count = masked_tiles if MASKED else full_tiles
+    count = plan[4] if MASKED else plan[2]
     for i in tl.range(0, count * heads):
         head = head0 + i // count
         h64 = head.to(tl.int64)
         tile = i % count
-        if MASKED:
-            m0 = masked_start(tile, start, full_start, full_tiles, left, BLOCK_M)
-        else:
-            m0 = full_start + tile * BLOCK_M
+        m0, number = tile_at(tile, plan, BLOCK_M, SPAN, MASKED)
         row = m0 + tl.arange(0, BLOCK_M)
         valid = row < sq
         lse2 = tl.load(lse2_ptr + h64 * stride_row + row, mask=valid, other=float("inf"))
@@ -258,9 +280,7 @@ def _key_tiles(dk, dv, dw, k, v, col, pointers, q_desc, do_desc, strides, batch,
             ranges = ranges_ptr + h64 * stride_rh
             lo, hi = row_ranges(ranges, stride_rm, row, sq, sk, window_left, window_right, F)
             mask = mask_ptr + h64 * stride_mh
-            ok = key_ok & visible(
-                lo[None, :], hi[None, :], col[:, None], row[None, :], mask, stride_mm, stride_mn, sq, sk, F
-            )
+            ok = key_ok & visible_tile(lo, hi, row, n0, number, mask, stride_mm, stride_mn, sq, sk, F, True)
         slope = 0.0
         if F.HAS_ALIBI:
             slope = tl.load(slopes_ptr + head).to(tl.float32)
@@ -316,18 +336,18 @@ def _key_tiles(dk, dv, dw, k, v, col, pointers, q_desc, do_desc, strides, batch,
 _RUNTIME_INTS = [
     "HQ", "GROUP", "SQ", "SK", "max_q", "max_k", "tiles", "window_left", "window_right", "threshold",
     "off_b", "off_h", "off_m", "off_n", "stride_rb", "stride_rh", "stride_rm", "stride_tb", "stride_th", "stride_wb",
-    "stride_wh", "stride_ab",
+    "stride_wh", "stride_ab", "stride_xb", "stride_xh", "stride_xm",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUNTIME_INTS)
 def attn_bwd_dkdv_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_ptr, slopes_ptr, seed_ptr,
-                         cu_q_ptr, cu_k_ptr, do_ptr, lse2_ptr, delta_ptr, plans_ptr, dq_ptr, dk_ptr, dv_ptr, dw_ptr,
-                         q_desc, do_desc,
+                         cu_q_ptr, cu_k_ptr, blocks_ptr, do_ptr, lse2_ptr, delta_ptr, plans_ptr, dq_ptr, dk_ptr, dv_ptr,
+                         dw_ptr, q_desc, do_desc,
                          stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
                          stride_vn, stride_db, stride_dh, stride_dm, stride_rb, stride_rh, stride_rm, stride_tb,
                          stride_th, stride_mb, stride_mh, stride_mm, stride_mn, stride_bb, stride_bh, stride_bm,
-                         stride_bn, stride_wb, stride_wh, stride_ab,
+                         stride_bn, stride_wb, stride_wh, stride_ab, stride_xb, stride_xh, stride_xm,
                          scale, softcap, keep_scale, HQ, GROUP, SQ, SK, max_q, max_k, tiles, window_left,
                          window_right, threshold, off_b, off_h, off_m, off_n, F: tl.constexpr):  # fmt: skip
     """dK and dV (and key_log_weight's gradient) of BLOCK_N keys of one KV head, summed over its query heads.
@@ -392,16 +412,24 @@ def attn_bwd_dkdv_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, we
     head0 = head_k * GROUP
     if F.HEAD_LOOP:  # every head has ranges of its own, so tiles of its own
         for g in tl.range(0, GROUP):
-            plan = _plan_queries(
-                plans_ptr, b64, head0 + g, stride_tb, stride_th, n0, sq, sk, window_left, window_right, F
-            )
+            if F.MASK_M > 0:
+                plan = _plan_listed_queries(blocks_ptr, stride_xb, stride_xh, stride_xm, plans_ptr, b64, head0 + g,
+                                            stride_tb, stride_th, n0, sq, sk, window_left, window_right, F)  # fmt: skip
+            else:
+                plan = _plan_queries(
+                    plans_ptr, b64, head0 + g, stride_tb, stride_th, n0, sq, sk, window_left, window_right, F
+                )
             for stage in tl.static_range(2):
-                dk, dv, dw = _key_tiles(dk, dv, dw, k, v, col, pointers, q_desc, do_desc, strides, batch, head0 + g, 1,
+                dk, dv, dw = _key_tiles(dk, dv, dw, k, v, n0, pointers, q_desc, do_desc, strides, batch, head0 + g, 1,
                                         plan, seed_ptr, numbers, sq, sk, F, stage == 1)  # fmt: skip
     else:
-        plan = _plan_queries(plans_ptr, b64, head0, stride_tb, stride_th, n0, sq, sk, window_left, window_right, F)
+        if F.MASK_M > 0:
+            plan = _plan_listed_queries(blocks_ptr, stride_xb, stride_xh, stride_xm, plans_ptr, b64, head0, stride_tb,
+                                        stride_th, n0, sq, sk, window_left, window_right, F)  # fmt: skip
+        else:
+            plan = _plan_queries(plans_ptr, b64, head0, stride_tb, stride_th, n0, sq, sk, window_left, window_right, F)
         for stage in tl.static_range(2):
-            dk, dv, dw = _key_tiles(dk, dv, dw, k, v, col, pointers, q_desc, do_desc, strides, batch, head0, GROUP,
+            dk, dv, dw = _key_tiles(dk, dv, dw, k, v, n0, pointers, q_desc, do_desc, strides, batch, head0, GROUP,
                                     plan, seed_ptr, numbers, sq, sk, F, stage == 1)  # fmt: skip
     factor = tl.zeros([BLOCK_N], tl.float32)
     store_parts(

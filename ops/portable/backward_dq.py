@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .block_sparse import keys_of_block, plan_blocks, tile_at, visible_tile
 from .common import (
     accumulate_parts,
     backward_logits,
@@ -13,12 +14,11 @@ from .common import (
     keys_seen,
     load_parts,
     load_tile,
-    masked_start,
     query_tile,
+    range_hull,
     scale_parts,
     sequence_bounds,
     store_parts,
-    visible,
     zero_parts,
 )
 
@@ -34,17 +34,14 @@ def _query_tiles(dq, q, dout, lse2, delta, row, lo, hi, seen, k_ptr, v_ptr, k_de
     DV: tl.constexpr = F.DV
     D: tl.constexpr = F.D
     PRECISION: tl.constexpr = F.PRECISION
-    start, full_start, full_tiles, left, masked_tiles = plan
+    SPAN: tl.constexpr = F.MASK_N
     gaps, first, last, ranges_ptr, stride_rm, window_left, window_right = seen
     SANITIZE: tl.constexpr = (MASKED and F.SANITIZE) or F.HAS_WEIGHT
     TMA: tl.constexpr = F.TMA and not SANITIZE
     CHECK: tl.constexpr = MASKED or SANITIZE
-    count = masked_tiles if MASKED else full_tiles
+    count = plan[4] if MASKED else plan[2]
     for i in tl.range(0, count):
-        if MASKED:
-            n0 = masked_start(i, start, full_start, full_tiles, left, BLOCK_N)
-        else:
-            n0 = full_start + i * BLOCK_N
+        n0, number = tile_at(i, plan, BLOCK_N, SPAN, MASKED)
         col = n0 + tl.arange(0, BLOCK_N)
         use = col < sk
         if SANITIZE:
@@ -52,10 +49,10 @@ def _query_tiles(dq, q, dout, lse2, delta, row, lo, hi, seen, k_ptr, v_ptr, k_de
         key_ok = use[None, :]
         ok = key_ok
         if MASKED:
-            ok = key_ok & visible(
-                lo[:, None], hi[:, None], col[None, :], row[:, None], mask_ptr, stride_mm, stride_mn, sq, sk, F
-            )
-            if SANITIZE:
+            ok = key_ok & visible_tile(lo, hi, row, n0, number, mask_ptr, stride_mm, stride_mn, sq, sk, F, False)
+            if SANITIZE and SPAN > 0 and not F.INTERVALS:
+                use = keys_of_block(mask_ptr, number, col, use, F)
+            elif SANITIZE:
                 use = keys_seen(
                     use, gaps, first, last, ok, ranges_ptr, stride_rm, row, col, sq, sk, window_left, window_right, 0, F
                 )
@@ -74,18 +71,20 @@ def _query_tiles(dq, q, dout, lse2, delta, row, lo, hi, seen, k_ptr, v_ptr, k_de
 
 _RUNTIME_INTS = [
     "HQ", "GROUP", "SQ", "SK", "max_q", "tiles", "window_left", "window_right", "threshold", "off_b", "off_h", "off_m",
-    "off_n", "stride_rb", "stride_rh", "stride_rm", "stride_wb", "stride_wh", "stride_ab",
+    "off_n", "stride_rb", "stride_rh", "stride_rm", "stride_wb", "stride_wh", "stride_ab", "stride_xb",
+    "stride_xh", "stride_xm",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUNTIME_INTS)
 def attn_bwd_dq_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_ptr, slopes_ptr, seed_ptr, cu_q_ptr,
-                       cu_k_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr, k_desc, v_desc,
+                       cu_k_ptr, blocks_ptr, do_ptr, lse2_ptr, delta_ptr, dq_ptr, k_desc, v_desc,
                        stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
                        stride_vn, stride_db, stride_dh, stride_dm, stride_rb, stride_rh, stride_rm, stride_mb,
                        stride_mh, stride_mm, stride_mn, stride_bb, stride_bh, stride_bm, stride_bn, stride_wb,
-                       stride_wh, stride_ab, scale, softcap, keep_scale, HQ, GROUP, SQ, SK, max_q, tiles,
-                       window_left, window_right, threshold, off_b, off_h, off_m, off_n, F: tl.constexpr):  # fmt: skip
+                       stride_wh, stride_ab, stride_xb, stride_xh, stride_xm,
+                       scale, softcap, keep_scale, HQ, GROUP, SQ, SK, max_q, tiles, window_left,
+                       window_right, threshold, off_b, off_h, off_m, off_n, F: tl.constexpr):  # fmt: skip
     """dQ of BLOCK_M rows. Grid: tiles * HQ * B."""
     BLOCK_M: tl.constexpr = F.BLOCK_M
     DV_PARTS: tl.constexpr = F.DV_PARTS
@@ -127,6 +126,13 @@ def attn_bwd_dq_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weig
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < sq
     lo, hi, plan, seen = query_tile(ranges_base, stride_rm, row, sq, sk, window_left, window_right, F)
+    if F.MASK_M > 0:
+        BLOCK_N: tl.constexpr = F.BLOCK_N
+        MASK_M: tl.constexpr = F.MASK_M
+        MASK_N: tl.constexpr = F.MASK_N
+        blocks = blocks_ptr + b64 * stride_xb + h64 * stride_xh + (tile * BLOCK_M // MASK_M).to(tl.int64) * stride_xm
+        first, last, full_lo, full_hi = range_hull(lo, hi, valid)
+        plan = plan_blocks(blocks, first, last, full_lo, full_hi, BLOCK_N, MASK_N, F)
     slope, dropout = head_terms(
         slopes_ptr, stride_ab, seed_ptr, batch, head, off_b, off_h, off_m, off_n, threshold, F
     )  # fmt: skip

@@ -7,27 +7,29 @@ where the bias has size 1 there. It recomputes the logits (two matrix products a
 import triton
 import triton.language as tl
 
+from .block_sparse import seen_in_block
 from .common import backward_logits, backward_weights, dot_parts, key_in_use, load_parts, row_ranges, visible
 
 _RUNTIME_INTS = [
     "HQ", "GROUP", "SQ", "SK", "batches", "heads", "m_tiles", "n_tiles", "m_steps", "n_steps", "bias_h", "window_left",
     "window_right", "threshold", "off_b", "off_h", "off_m", "off_n", "stride_rb", "stride_rh", "stride_rm", "stride_wb",
-    "stride_wh", "stride_ab",
+    "stride_wh", "stride_ab", "stride_xb", "stride_xh", "stride_xm",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUNTIME_INTS)
 def attn_bwd_dbias_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_ptr, slopes_ptr, seed_ptr,
-                          cu_q_ptr, cu_k_ptr, do_ptr, lse2_ptr, delta_ptr, dbias_ptr,
+                          cu_q_ptr, cu_k_ptr, blocks_ptr, do_ptr, lse2_ptr, delta_ptr, dbias_ptr,
                           stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
                           stride_vn, stride_db, stride_dh, stride_dm, stride_rb, stride_rh, stride_rm, stride_mb,
                           stride_mh, stride_mm, stride_mn, stride_bb, stride_bh, stride_bm, stride_bn, stride_wb,
-                          stride_wh, stride_ab,
+                          stride_wh, stride_ab, stride_xb, stride_xh, stride_xm,
                           scale, softcap, keep_scale, HQ, GROUP, SQ, SK, batches, heads, m_tiles, n_tiles, m_steps,
                           n_steps, bias_h, window_left, window_right, threshold, off_b, off_h, off_m, off_n,
                           ONE_ROW: tl.constexpr, ONE_COLUMN: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """dbias, contiguous float32. Grid: n_tiles * m_tiles * (bias heads) * (bias batches).
 
+    With a block mask ``blocks_ptr`` is a table of its blocks: the number of each, -1 full, -2 unseen.
     A program sums over ``batches`` x ``heads`` that share its tile, and over m_steps x n_steps tiles.
     """
     BLOCK_M: tl.constexpr = F.BLOCK_M
@@ -64,6 +66,13 @@ def attn_bwd_dbias_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, w
         ok = key_ok[None, :] & visible(
             lo[:, None], hi[:, None], col[None, :], row[:, None], mask_base, stride_mm, stride_mn, SQ, SK, F
         )
+        if F.MASK_M > 0:
+            block = blocks_ptr + b64 * stride_xb + h64 * stride_xh
+            MASK_M: tl.constexpr = F.MASK_M
+            MASK_N: tl.constexpr = F.MASK_N
+            block += ((m_tile + m_step) * BLOCK_M // MASK_M).to(tl.int64) * stride_xm
+            n0 = (n_tile + n_step) * BLOCK_N
+            ok = ok & seen_in_block(mask_base, tl.load(block + n0 // MASK_N), row, n0, F, False)
         if tl.max(ok.to(tl.int32)) != 0:
             slope = 0.0
             if F.HAS_ALIBI:

@@ -52,6 +52,9 @@ class Features(NamedTuple):
     PRECISION: str = "ieee"  # of float32 dots
     PLAIN: bool = True  # logits are nothing but scale * q.k, so the scale folds into the exponent
     MAY_EMPTY: bool = False  # bias or weights of -inf can empty a row of a tile that visibility calls full
+    MASK_M: int = 0  # rows and keys of a block of the block mask, 0 without one
+    MASK_N: int = 0
+    INTERVALS: bool = True  # causal, windows or key_ranges
 
 
 def split_head_dim(d: int) -> tuple[int, ...]:
@@ -258,30 +261,15 @@ def has_gaps(ranges_ptr, stride_rm, row, lo, hi, sq, sk, window_left, window_rig
 
 
 @triton.jit
-def keys_seen(
-    use,
-    gaps,
-    first,
-    last,
-    ok,
-    ranges_ptr,
-    stride_rm,
-    row,
-    col,
-    sq,
-    sk,
-    window_left,
-    window_right,
-    AXIS: tl.constexpr,
-    F: tl.constexpr,
-):
+def keys_seen(use, gaps, first, last, ok, ranges_ptr, stride_rm, row, col, sq, sk, window_left, window_right,
+              AXIS: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """Which keys of a masked tile some row of it sees: the others may hold NaN, and 0 * NaN is NaN.
 
     A reduction of the visibility tile would do for all, but needs 100 registers more than the rest of the loop; so
-    it serves dense masks only, and ranges with gaps are walked row by row.
+    it serves masks only, and ranges with gaps are walked row by row.
     """
     use = use & (col >= first) & (col < last)
-    if F.HAS_MASK:
+    if F.HAS_MASK or F.MASK_M > 0:
         use = use & (tl.max(ok.to(tl.int32), AXIS) != 0)
     elif F.HAS_RANGES:  # noqa: SIM102 (a branch at run time inside one at compile time)
         if gaps:

@@ -7,6 +7,7 @@ sees run without mask code; the others come after, with it. The order is free, s
 import triton
 import triton.language as tl
 
+from .block_sparse import keys_of_block, plan_blocks, tile_at, visible_tile
 from .common import (
     LN2,
     LOG2E,
@@ -18,14 +19,13 @@ from .common import (
     keys_seen,
     load_parts,
     load_tile,
-    masked_start,
     query_tile,
+    range_hull,
     scale_parts,
     sequence_bounds,
     softmax_step,
     store_parts,
     tile_logits,
-    visible,
     zero_parts,
 )
 
@@ -41,28 +41,25 @@ def _forward_tiles(acc, m, l, q, row, lo, hi, seen, k_ptr, v_ptr, k_desc, v_desc
     DV: tl.constexpr = F.DV
     D: tl.constexpr = F.D
     PRECISION: tl.constexpr = F.PRECISION
-    start, full_start, full_tiles, left, masked_tiles = plan
+    SPAN: tl.constexpr = F.MASK_N
     gaps, first, last, ranges_ptr, stride_rm, window_left, window_right = seen
     SANITIZE: tl.constexpr = (MASKED and F.SANITIZE) or F.HAS_WEIGHT
     TMA: tl.constexpr = F.TMA and not SANITIZE
     K_TMA: tl.constexpr = F.TMA  # logits of unseen keys are replaced, whatever they are
     CHECK: tl.constexpr = MASKED or SANITIZE
     CAREFUL: tl.constexpr = MASKED or F.MAY_EMPTY
-    count = masked_tiles if MASKED else full_tiles
+    count = plan[4] if MASKED else plan[2]
     for i in tl.range(0, count):
-        if MASKED:
-            n0 = masked_start(i, start, full_start, full_tiles, left, BLOCK_N)
-        else:
-            n0 = full_start + i * BLOCK_N
+        n0, number = tile_at(i, plan, BLOCK_N, SPAN, MASKED)
         col = n0 + tl.arange(0, BLOCK_N)
         use = col < sk
         if SANITIZE:
             use = key_in_use(weight_ptr, col, sk, F)
         if MASKED:
-            ok = visible(
-                lo[:, None], hi[:, None], col[None, :], row[:, None], mask_ptr, stride_mm, stride_mn, sq, sk, F
-            )
-            if SANITIZE:
+            ok = visible_tile(lo, hi, row, n0, number, mask_ptr, stride_mm, stride_mn, sq, sk, F, False)
+            if SANITIZE and SPAN > 0 and not F.INTERVALS:
+                use = keys_of_block(mask_ptr, number, col, use, F)
+            elif SANITIZE:
                 use = keys_seen(
                     use, gaps, first, last, ok, ranges_ptr, stride_rm, row, col, sq, sk, window_left, window_right, 0, F
                 )
@@ -99,16 +96,18 @@ def _forward_tiles(acc, m, l, q, row, lo, hi, seen, k_ptr, v_ptr, k_desc, v_desc
 
 _RUNTIME_INTS = [
     "HQ", "GROUP", "SQ", "SK", "max_q", "tiles", "window_left", "window_right", "threshold", "off_b", "off_h", "off_m",
-    "off_n", "stride_rb", "stride_rh", "stride_rm", "stride_wb", "stride_wh", "stride_ab",
+    "off_n", "stride_rb", "stride_rh", "stride_rm", "stride_wb", "stride_wh", "stride_ab", "stride_xb",
+    "stride_xh", "stride_xm",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUNTIME_INTS)
 def attn_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_ptr, slopes_ptr, seed_ptr, cu_q_ptr,
-                    cu_k_ptr, sinks_ptr, o_ptr, lse_ptr, k_desc, v_desc,
+                    cu_k_ptr, blocks_ptr, sinks_ptr, o_ptr, lse_ptr, k_desc, v_desc,
                     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
                     stride_rb, stride_rh, stride_rm, stride_mb, stride_mh, stride_mm, stride_mn,
-                    stride_bb, stride_bh, stride_bm, stride_bn, stride_wb, stride_wh, stride_ab,
+                    stride_bb, stride_bh, stride_bm, stride_bn, stride_wb, stride_wh, stride_ab, stride_xb, stride_xh,
+                    stride_xm,
                     scale, softcap, keep_scale, HQ, GROUP, SQ, SK, max_q, tiles, window_left, window_right, threshold,
                     off_b, off_h, off_m, off_n, F: tl.constexpr):  # fmt: skip
     """out and lse of BLOCK_M rows. Grid: tiles * HQ * B. For VARLEN, SQ and SK are the packed totals."""
@@ -151,6 +150,13 @@ def attn_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < sq
     lo, hi, plan, seen = query_tile(ranges_base, stride_rm, row, sq, sk, window_left, window_right, F)
+    if F.MASK_M > 0:
+        BLOCK_N: tl.constexpr = F.BLOCK_N
+        MASK_M: tl.constexpr = F.MASK_M
+        MASK_N: tl.constexpr = F.MASK_N
+        blocks = blocks_ptr + b64 * stride_xb + h64 * stride_xh + (tile * BLOCK_M // MASK_M).to(tl.int64) * stride_xm
+        first, last, full_lo, full_hi = range_hull(lo, hi, valid)
+        plan = plan_blocks(blocks, first, last, full_lo, full_hi, BLOCK_N, MASK_N, F)
     slope, dropout = head_terms(
         slopes_ptr, stride_ab, seed_ptr, batch, head, off_b, off_h, off_m, off_n, threshold, F
     )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..block_mask import block_table
 from ..spec import Gradients, Needs, Spec, Varlen, new_strided
 from ..tuning import Config
 from . import shapes
@@ -23,7 +24,7 @@ from .backward import (
 from .backward_dq import attn_bwd_dq_kernel
 from .bias_grad import attn_bwd_dbias_kernel
 from .forward import attn_fwd_kernel
-from .plan import INTERPRETED, Launch, Plan, plan_of, strides, tma_can_read
+from .plan import INTERPRETED, Launch, Plan, list_strides, plan_of, strides, tma_can_read
 
 MAX_HEAD_DIM = 256
 PREPARE_ROWS = 64
@@ -72,6 +73,9 @@ def _planned(
             key_ranges=None if ranges is None else _rows(ranges),
             key_log_weight=None if weight is None else _rows(weight),
             alibi_slopes=None if slopes is None else _rows(slopes),
+            block_rows=None if spec.block_rows is None else spec.block_rows.contiguous(),
+            block_columns=None if spec.block_columns is None else spec.block_columns.contiguous(),
+            block_bits=None if spec.block_bits is None else spec.block_bits.contiguous(),
         )
         plan = plan_of(q, k, v, spec, varlen)
     return plan, q, k, v, spec
@@ -89,9 +93,10 @@ def _descriptors(on: bool, a: Tensor, b: Tensor, rows: int) -> tuple:
 def _inputs(
     q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None, *more: Tensor | None
 ) -> list[Tensor | None]:
-    """The tensors every kernel takes, in its order, and ``more`` behind them."""
+    """The tensors every kernel takes, in its order, and ``more`` behind them; first of these the blocks it walks."""
     cu_q, cu_k = (None, None) if varlen is None else varlen[:2]
     ranges, mask, bias, weight, slopes, _, seed = spec[:7]
+    mask = spec.block_bits if mask is None else mask  # whose strides are then 0
     return [q, k, v, ranges, mask, bias, weight, slopes, seed, cu_q, cu_k, *more]
 
 
@@ -109,14 +114,15 @@ def forward(
     if found is None:
         f, config_used = plan.variant("fwd", config)
         tiles, grid = plan.grid(f.BLOCK_M, plan.max_q, plan.hq)
-        numbers = (*plan.qs, *plan.ks, *plan.vs, *plan.ranges_strides, *plan.numbers(), plan.max_q, tiles, *plan.tail)
+        numbers = (*plan.qs, *plan.ks, *plan.vs, *plan.ranges_strides, *plan.numbers(*plan.row_blocks), plan.max_q,
+                   tiles, *plan.tail)  # fmt: skip
         found = plan.launches["fwd", config] = Launch(attn_fwd_kernel, grid, numbers, (f,), config_used), f
     launch, f = found
     out, lse = new_strided(q, plan.out_layout), new_strided(q, plan.lse_layout, torch.float32)
     if varlen is not None:  # rows outside every sequence
         out.zero_()
         lse.fill_(float("-inf"))
-    launch(_inputs(q, k, v, spec, varlen, spec.sinks, out, lse), _descriptors(f.TMA, k, v, f.BLOCK_N))
+    launch(_inputs(q, k, v, spec, varlen, spec.block_rows, spec.sinks, out, lse), _descriptors(f.TMA, k, v, f.BLOCK_N))
     return out, lse
 
 
@@ -209,8 +215,8 @@ class _Backward:
         run([out, self.dout, lse, dlse, self.spec.sinks, self.lse2, self.delta, dsink, cu_q])
         return None if dsink is None else dsink.sum((0, 2))
 
-    def _tensors(self, *more: Tensor | None) -> list[Tensor | None]:
-        return _inputs(self.q, self.k, self.v, self.spec, self.varlen, self.dout, self.lse2, self.delta, *more)
+    def _tensors(self, blocks: Tensor | None, *more: Tensor | None) -> list[Tensor | None]:
+        return _inputs(self.q, self.k, self.v, self.spec, self.varlen, blocks, self.dout, self.lse2, self.delta, *more)
 
     def _strides(self) -> tuple[int, ...]:
         plan = self.plan
@@ -226,7 +232,8 @@ class _Backward:
             )
             tiles, grid = plan.grid(f.BLOCK_N, plan.max_k, plan.hkv)
             planner = _KeyPlans(plan, f)
-            numbers = (*self._strides(), *planner.strides, *plan.numbers(), plan.max_q, plan.max_k, tiles, *plan.tail)
+            numbers = (*self._strides(), *planner.strides, *plan.numbers(*plan.column_blocks), plan.max_q, plan.max_k,
+                       tiles, *plan.tail)  # fmt: skip
             found = plan.launches[key] = Launch(attn_bwd_dkdv_kernel, grid, numbers, (f,), config), f, planner
         launch, f, planner = found
         dk, dv = new_strided(self.k, plan.k_layout), new_strided(self.v, plan.v_layout)
@@ -241,7 +248,10 @@ class _Backward:
                 if t is not None:
                     t.zero_()
         plans = planner.run(self.spec.key_ranges, self.varlen)
-        launch(self._tensors(plans, acc, dk, dv, dw), _descriptors(f.TMA, self.q, self.dout, f.BLOCK_M))
+        launch(
+            self._tensors(self.spec.block_columns, plans, acc, dk, dv, dw),
+            _descriptors(f.TMA, self.q, self.dout, f.BLOCK_M),
+        )
         if acc is not None and dq is not None:
             Launch(attn_bwd_finish, -(-acc.numel() // FINISH_BLOCK), (acc.numel(), plan.scale), (FINISH_BLOCK,))(
                 [acc, dq]
@@ -255,19 +265,22 @@ class _Backward:
         if found is None:
             f, config = plan.variant("dq", self.configs.get("dq"))
             tiles, grid = plan.grid(f.BLOCK_M, plan.max_q, plan.hq)
-            numbers = (*self._strides(), *plan.numbers(), plan.max_q, tiles, *plan.tail)
+            numbers = (*self._strides(), *plan.numbers(*plan.row_blocks), plan.max_q, tiles, *plan.tail)
             found = plan.launches[key] = Launch(attn_bwd_dq_kernel, grid, numbers, (f,), config), f
         launch, f = found
         dq = new_strided(self.q, plan.q_layout)
         if plan.packed:
             dq.zero_()
-        launch(self._tensors(dq), _descriptors(f.TMA, self.k, self.v, f.BLOCK_N))
+        launch(self._tensors(self.spec.block_rows, dq), _descriptors(f.TMA, self.k, self.v, f.BLOCK_N))
         return dq
 
     def bias(self) -> Tensor:
         """dbias in float32, of bias's shape."""
         plan, bias = self.plan, self.spec.bias
         assert bias is not None
+        rows = self.spec.block_rows
+        table = None if rows is None else block_table(rows)
+        blocks = list_strides(table)
         key, launch = self._launch("dbias")
         if launch is None:
             f, config = plan.variant("dbias", tma=False)
@@ -277,11 +290,12 @@ class _Backward:
             m_tiles, m_steps = (1, m_all) if bm == 1 else (m_all, 1)
             n_tiles, n_steps = (1, n_all) if bn == 1 else (n_all, 1)
             sums = (plan.batch if bb == 1 else 1, plan.hq if bh == 1 else 1)
-            numbers = (*self._strides(), *plan.numbers(), *sums, m_tiles, n_tiles, m_steps, n_steps, bh, *plan.tail)
+            numbers = (*self._strides(), *plan.numbers(*blocks), *sums, m_tiles, n_tiles, m_steps, n_steps, bh,
+                       *plan.tail)  # fmt: skip
             grid = n_tiles * m_tiles * bh * bb
             launch = plan.launches[key] = Launch(attn_bwd_dbias_kernel, grid, numbers, (bm == 1, bn == 1, f), config)
         grad = self.lse2.new_empty(bias.shape)
-        launch(self._tensors(grad))
+        launch(self._tensors(table, grad))
         return grad
 
 

@@ -135,8 +135,15 @@ class Plan:
             and spec.key_log_weight is None and self.d in sizes and self.dv in sizes
             and all(tma_can_read(x) for x in (q, k, v))
         )  # fmt: skip
+        # of lists of int32 pairs, and of the bits: rows and keys of a block of the block mask
+        self.row_blocks, self.column_blocks = list_strides(spec.block_rows), list_strides(spec.block_columns)
+        bits = spec.block_bits
+        self.block = (0, 0) if bits is None else (bits.shape[1] - 1, bits.shape[2] * 32)
+        self.own_blocks = spec.block_rows is not None and spec.block_rows.shape[1] > 1
         rows = (q, k, v, spec.key_ranges, spec.key_log_weight, spec.alibi_slopes)
-        self.needs_copies = any(t is not None and t.stride(-1) != 1 and t.shape[-1] != 1 for t in rows)
+        self.needs_copies = any(t is not None and t.stride(-1) != 1 and t.shape[-1] != 1 for t in rows) or any(
+            t is not None and not t.is_contiguous() for t in spec[7:10]
+        )
         self.out_layout, self.lse_layout = bshd_layout(q.shape, self.dv), lse_layout(q.shape)
         self.q_layout, self.k_layout, self.v_layout = (bshd_layout(x.shape, x.shape[-1]) for x in (q, k, v))
         self.launches: dict[Any, Any] = {}
@@ -146,10 +153,14 @@ class Plan:
         tiles = -(-length // rows)
         return tiles, tiles * heads * self.batch
 
-    def numbers(self) -> tuple:
-        """What all kernels but the small ones take behind their strides of q, k, v, dout and ranges."""
+    def numbers(self, *blocks: int) -> tuple:
+        """What all kernels but the small ones take behind their strides of q, k, v, dout and ranges.
+
+        ``blocks`` are the strides of the lists of blocks, for kernels that walk them.
+        """
         return (
             *self.other_strides,
+            *blocks,
             self.scale,
             self.softcap,
             self.keep_scale,
@@ -168,7 +179,11 @@ class Plan:
         if config is None:
             config = tuned(kind + "+tma" * tma, self, Config)
             config = config or lookup(kind, self.arch, wide, max(self.d, self.dv), "tma" if tma else "")
-        own_ranges = self.ranges_shape is not None and self.ranges_shape[-3] > 1 and self.hq != self.hkv
+        if self.block[0]:  # tiles do not straddle blocks, and the walk needs some registers of its own
+            bounded = any(self.flags[:4])  # by causal, a window or key_ranges as well
+            rows, keys = min(config.block_m, self.block[0]), min(config.block_n, 64 if bounded else self.block[1])
+            config = config._replace(block_m=rows, block_n=keys, max_registers=None)
+        own_ranges = self.ranges_shape is not None and self.ranges_shape[-3] > 1
         precision = "tf32" if wide and torch.backends.cuda.matmul.allow_tf32 else "ieee"
         cut = narrow_parts if wide and precision == "ieee" else split_head_dim
         f = features(
@@ -178,9 +193,10 @@ class Plan:
             self.flags,
             atomic=kind == "fused",
             weight_grad=weight_grad,
-            head_loop=own_ranges and kind in ("dkdv", "fused"),
+            head_loop=(own_ranges or self.own_blocks) and self.hq != self.hkv and kind in ("dkdv", "fused"),
             cut=cut,
             precision=precision,
+            block=self.block,
         )
         return f, config
 
@@ -196,15 +212,18 @@ def features(
     head_loop: bool = False,
     cut: Callable[[int], tuple[int, ...]] = split_head_dim,
     precision: str = "ieee",
+    block: tuple[int, int] = (0, 0),
 ) -> Features:
     """The kernel variant that a configuration and a call's flags (in the order of FLAGS) describe.
 
-    ``cut`` says in what parts a head dim is held.
+    ``cut`` says in what parts a head dim is held, ``block`` the sizes of a block mask's blocks.
     """
     named: dict[str, Any] = dict(zip(FLAGS, flags, strict=True))
     altered = named["HAS_BIAS"] or named["HAS_WEIGHT"]
     named.update(TMA=config.tma, ATOMIC_DQ=atomic, WEIGHT_GRAD=weight_grad, HEAD_LOOP=head_loop, PRECISION=precision)
     named.update(PLAIN=not (altered or named["HAS_ALIBI"] or named["HAS_SOFTCAP"]), MAY_EMPTY=altered)
+    intervals = any(named[name] for name in ("CAUSAL", "HAS_LEFT", "HAS_RIGHT", "HAS_RANGES"))
+    named.update(MASK_M=block[0], MASK_N=block[1], INTERVALS=intervals)
     return Features(d, dv, cut(d), cut(dv), config.block_m, config.block_n, **named)
 
 
@@ -219,9 +238,10 @@ def forget() -> None:
 def plan_of(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None) -> Plan:
     """The plan of a call; of all tensors the last dimension must be contiguous."""
     key = (
-        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.device, spec[7:],
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.device, spec[10:],
         torch.backends.cuda.matmul.allow_tf32 if q.dtype == torch.float32 else None,
-        tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in spec[:7]]),
+        tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in spec[:9]]),
+        None if spec.block_bits is None else spec.block_bits.shape[1:],  # not how many blocks have bits
         None if varlen is None else (varlen[0].shape, varlen[2:]),
         (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,  # decides whether descriptors may be used
     )  # fmt: skip
@@ -248,7 +268,10 @@ def _flags(spec: Spec, plan: Plan) -> tuple[bool, ...]:
     left, right = spec.window_left >= 0, spec.window_right >= 0
     ranges, mask, weight = spec.key_ranges is not None, spec.mask is not None, spec.key_log_weight is not None
     # square causal attention sees every key and leaves no row empty
-    sanitize = ranges or mask or weight or ((spec.causal or left or right) and (plan.packed or plan.sq != plan.sk))
+    blocks = spec.block_rows is not None
+    sanitize = (
+        ranges or mask or blocks or weight or ((spec.causal or left or right) and (plan.packed or plan.sq != plan.sk))
+    )
     return (
         spec.causal, left, right, ranges, mask, spec.bias is not None, weight, spec.alibi_slopes is not None,
         spec.softcap > 0, spec.sinks is not None, spec.dropout_p > 0, plan.packed, sanitize,
@@ -265,6 +288,11 @@ def _ranges_strides(ranges: Tensor | None, packed: bool) -> tuple[int, int, int]
     if packed:
         return (0, _broadcast(ranges, 0), ranges.stride(1)) if ranges.dim() == 3 else (0, 0, ranges.stride(0))
     return _broadcast(ranges, 0), _broadcast(ranges, 1), ranges.stride(2)
+
+
+def list_strides(blocks: Tensor | None) -> tuple[int, int, int]:
+    """(batch, head, row) strides of lists, or of a table, of blocks [B or 1, Hq or 1, rows, ...]."""
+    return (0, 0, 0) if blocks is None else (_broadcast(blocks, 0), _broadcast(blocks, 1), blocks.stride(2))
 
 
 def _plane(x: Tensor | None) -> tuple[int, ...]:

@@ -27,10 +27,10 @@ _MASK, _ALIBI, _PACKED = map(FLAGS.index, ("HAS_MASK", "HAS_ALIBI", "VARLEN"))  
 def choose(plan: Plan, way: str) -> str | None:
     """The family of kernels ("few_keys", "few_queries") that takes the call ``way`` ("fwd", "bwd"); None: the general.
 
-    They take every feature of the op but bias, dense masks and packed sequences. How many keys or rows, and which head
+    They take every feature of the op but bias, masks and packed sequences. How many keys or rows, and which head
     dims, the tuning table says.
     """
-    if not ENABLED or plan.packed or plan.flags[_MASK] or plan.flags[_MASK + 1]:
+    if not ENABLED or plan.packed or plan.flags[_MASK] or plan.flags[_MASK + 1] or plan.block[0]:
         return None
     found = plan.launches.get(way)
     if found is None:

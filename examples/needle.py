@@ -150,7 +150,7 @@ def expand_span(session: Any, start: int, stop: int, room: int) -> None:
         for first in wc.start[hit].tolist():
             wc = session.working_context
             around = (wc.start < stop + config.span(lod)) & (wc.start + wc.span > start - config.span(lod))
-            session.make_room(config.block_size + room, torch.from_numpy(around * 2.0 - 1.0))
+            session.make_room(config.block_size + room, torch.from_numpy(around * 2.0 - 1.0), tokens=room)
             session.apply(Edits.of([(1, first, lod)]))
 
 

@@ -12,6 +12,7 @@ from patch_models import causal_model
 from test_megacontext_session import CONFIG, attached, history
 
 from hf_flash_mc.megacontext.attach import attach_megacontext
+from hf_flash_mc.megacontext.lensnet import OracleLens
 from hf_flash_mc.megacontext.recall import entry_mass, find_heads, pairs_of
 
 RECALL = dataclasses.replace(CONFIG, w_max=64, tau=0.2, cooldown=0, lens={"kind": "recall"})
@@ -88,6 +89,19 @@ def test_text_that_is_asked_for_is_found_at_any_level(tmp_path: Path) -> None:
     assert torch.equal(again.memory.recall.store.read(everything), session.memory.recall.store.read(everything))
     again.close()
     session.close()
+
+
+def test_strong_requests_leave_the_recent_tokens_alone() -> None:
+    model = attached("llama", dataclasses.replace(RECALL, w_max=64, max_edits=8, recent_tokens=12))
+    ones = OracleLens(model.megacontext.config, lambda context: torch.where(context.lod > 0, 1.0, 0.5))
+    session = model.megacontext.session(chunk_size=16, recall=False)
+    session.ingest(history(150))
+    model.megacontext.lens = ones
+    for _ in range(3):
+        session.refocus(reread=12)
+        session.check_invariants()
+        assert not session.working_context.lod[-12:].any()
+    assert session.stats.expansions > 0
 
 
 def test_a_session_without_an_index_says_so() -> None:

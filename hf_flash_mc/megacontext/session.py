@@ -178,10 +178,12 @@ class MegaContextSession:
             reread: tokens at the end of the history that are run again after each round, so that they (a question, say)
                 are read in the light of what was expanded.
         """
-        edits = []
+        edits, answered = [], False
         for _ in range(rounds):
-            edits.append(self._refocus_once(max_edits, reread))
+            edits.append(self._refocus_once(max_edits, reread, answered))
             if reread:
+                # a question that was answered by something needs nothing else, which could only be taken for the answer
+                answered = answered or bool((self.last_scores[2] > STRONG).any())
                 self.reread(reread)
         return edits
 
@@ -192,7 +194,7 @@ class MegaContextSession:
         """
         with self.stats.time("lens"), torch.no_grad():
             scores = self.addon.lens.score(self.lens_input(keep)).detach().cpu()
-        self.last_scores = self.working_context.start, self.working_context.lod, scores.numpy()
+        self.last_scores = self.working_context.start, self.working_context.lod, scores.numpy().copy()
         return scores
 
     def lens_input(self, keep: int = 0) -> LensInput:
@@ -423,10 +425,12 @@ class MegaContextSession:
             durable=durable,
         )
 
-    def make_room(self, need: int, scores: Tensor | None = None) -> int:
-        """Collapse until ``need`` tokens fit, or fewer where that is impossible; for how many there is room.
+    def make_room(self, need: int, scores: Tensor | None = None, *, tokens: int | None = None) -> int:
+        """Collapse until ``need`` slots are free, or fewer where that is impossible; how many were made sure of.
 
-        scores: [N], what to keep; None: the lens's, or by attention mass where the lens reads all of the history.
+        Args:
+            scores: [N], what to keep; None: the lens's, or by attention mass where the lens reads all of the history.
+            tokens: how many of the slots are for new tokens, which make others less recent; None: all.
         """
         wc = self.working_context
         while len(wc) + need > self.config.w_max:
@@ -440,6 +444,9 @@ class MegaContextSession:
                     raise
                 need = max(1, need // 2)
                 continue
+            if tokens is not None:  # the allocator takes all slots for tokens to come
+                kept = edits.start + wc.spans[edits.lod] <= wc.total + tokens - self.config.recent_tokens
+                edits = Edits(edits.kind[kept], edits.start[kept], edits.lod[kept])
             logits = self._logits
             self.apply(edits)
             self._logits = logits  # the text is the same: stale by a collapse of what mattered least
@@ -453,14 +460,15 @@ class MegaContextSession:
         with self.stats.time("lens"), torch.no_grad():
             return self._by_mass.score(LensInput.of(wc, self.device, attention_mass=self.attention_mass())).cpu()
 
-    def _refocus_once(self, max_edits: int | None = None, keep: int = 0) -> Edits:
-        edits, state = self._plan(max_edits, keep)
+    def _refocus_once(self, max_edits: int | None = None, keep: int = 0, strict: bool = False) -> Edits:
+        """One round; ``keep``: see `scores`; ``strict``: only what is asked for strongly."""
         limit = self.config.max_edits if max_edits is None else max_edits
-        wc = self.working_context
-        asked = min(limit, int((self.last_scores[2][wc.lod > 0] > STRONG).sum()))
-        if asked > (edits.kind > 0).sum():  # nothing that is poor enough pays for them: the poorest does
-            self.make_room(asked * (self.config.block_size - 1), torch.from_numpy(self.last_scores[2]))
-            edits, state = self._plan(max_edits, keep)
+        scores, strong = self._asked(keep, strict)
+        edits, state = self._plan(scores, limit)
+        strong = min(strong, limit)
+        if (edits.kind > 0).sum() < strong:  # nothing is poor enough to pay for them: the poorest does
+            self.make_room(strong * (self.config.block_size - 1), scores, tokens=0)
+            edits, state = self._plan(self._asked(keep, strict)[0], limit)
         self.allocation, self._since_refocus = state, 0
         if len(edits):
             self.apply(edits, refocus=True)
@@ -468,10 +476,18 @@ class MegaContextSession:
             self.stats.note(self.working_context, edits, 0, True)
         return edits
 
-    def _plan(self, max_edits: int | None, keep: int) -> tuple[Edits, AllocatorState]:
+    def _asked(self, keep: int, strict: bool) -> tuple[Tensor, int]:
+        """Scores, and how many gists are asked for strongly; if it is a question that asks, these alone."""
         scores = self.scores(keep)
+        gists = torch.from_numpy(self.working_context.lod > 0)
+        strong = gists & (scores > STRONG)
+        if strict or (keep and bool(strong.any())):
+            scores[gists & ~strong] = scores[gists & ~strong].clamp(max=0.0)
+        return scores, int(strong.sum())
+
+    def _plan(self, scores: Tensor, limit: int) -> tuple[Edits, AllocatorState]:
         with self.stats.time("allocate"):
-            return self.allocator.plan(self.working_context, scores, self.allocation, max_edits)
+            return self.allocator.plan(self.working_context, scores, self.allocation, limit)
 
     def _commit(self, upto: int) -> None:
         """Put tokens before number ``upto`` into the tree."""

@@ -11,9 +11,9 @@ import re
 
 _GUARD = re.compile(r"^@!?U?P\w+\s+")
 _UNIFORM = re.compile(r"UR(\d+)")
-_WIDE = ("UIADD3.64", "ULDC.64", "UIMAD.WIDE", "CS2UR")  # write a pair
-_WRITES_UNIFORM = ("R2UR", "S2UR", "CS2UR", "REDUX", "VOTEU")
-_WRITES_NOTHING = ("UTMA", "UBLK", "UCGABAR", "USETMAXREG")
+_WIDE = {"UIADD3.64": 2, "ULDC.64": 2, "LDCU.64": 2, "LDCU.128": 4, "UIMAD.WIDE": 2, "CS2UR": 2}  # registers written
+_WRITES_UNIFORM = ("R2UR", "S2UR", "CS2UR", "REDUX", "CREDUX", "VOTEU", "LDCU")
+_WRITES_NOTHING = ("UTMA", "UBLK", "UCGABAR", "USETMAXREG", "UTCHMMA", "UTCQMMA")
 
 
 def unset_registers(listing: str) -> list[str]:
@@ -27,14 +27,25 @@ def unset_registers(listing: str) -> list[str]:
     work = [0]
     while work:
         i = work.pop()
-        after = (known[i] or frozenset()) | effects[i][0]
+        written, read = effects[i]
+        set_here = known[i] or frozenset()
+        after = set_here - written if _copies(code[i]) and read - set_here else set_here | written
         for j in _successors(i, code, labels):
             before = known[j]
             joined = after if before is None else before & after
             if joined != before:
                 known[j] = joined
                 work.append(j)
-    return [text for text, k, (_, read) in zip(code, known, effects, strict=True) if k is not None and read - k]
+    return [
+        text
+        for text, k, (_, read) in zip(code, known, effects, strict=True)
+        if k is not None and read - k and not _copies(text)
+    ]
+
+
+def _copies(text: str) -> bool:
+    """Whether an instruction only moves a register or saves it: what nothing has set may be moved, not used."""
+    return _GUARD.sub("", text).startswith(("UMOV", "MOV.SPILL"))
 
 
 def _instructions(listing: str) -> tuple[list[str], dict[str, int]]:
@@ -61,12 +72,13 @@ def _effects(text: str) -> tuple[frozenset[int], frozenset[int]]:
     for i, operand in enumerate(operands):
         for number in map(int, _UNIFORM.findall(operand)):
             if i == result and writes:
-                written.update(range(number, number + (2 if name.startswith(_WIDE) else 1)))
-            elif operand.startswith("gdesc["):  # two descriptors, or the upper pair where A is in registers
+                wide = next((count for prefix, count in _WIDE.items() if name.startswith(prefix)), 1)
+                written.update(range(number, number + wide))
+            elif operand.startswith("gdesc[") and "GMMA" in name:  # two descriptors, or the upper one: A in registers
                 both = operands[1].startswith("gdesc[")
                 read.update(range(number if both else number + 2, number + 4))
             else:
-                pair = operand.startswith("desc[") or name == "UIADD3.64"
+                pair = operand.startswith(("desc[", "gdesc[")) or name == "UIADD3.64"
                 read.update(range(number, number + (2 if pair else 1)))
     return frozenset(written), frozenset(read)
 

@@ -28,13 +28,20 @@ DROPPED_COPY = (
     ("code", "expected"),
     [
         pytest.param(DROPPED_COPY, [3, 4], id="dropped-copy"),
-        pytest.param(("UMOV UR26, UR6", *DROPPED_COPY[:4], *DROPPED_COPY[5:]), [0, 5], id="copy-of-unset"),
+        pytest.param(("UMOV UR26, UR6", *DROPPED_COPY[:4], *DROPPED_COPY[5:]), [4, 5], id="copy-of-unset"),
+        pytest.param(("UMOV UR5, UR4", "MOV.SPILL R0, UR5", "EXIT"), [], id="moved-and-not-used"),
         pytest.param(("UMOV UR4, 0x1", "UIADD3 UR5, UR4, URZ, URZ", "EXIT"), [], id="set-then-read"),
         pytest.param(("ULDC.64 UR4, c[0x0][0x208]", "LDG.E R0, desc[UR4][R2.64]", "EXIT"), [], id="pair"),
         pytest.param(("ULDC UR4, c[0x0][0x208]", "LDG.E R0, desc[UR4][R2.64]", "EXIT"), [1], id="half-a-pair"),
+        pytest.param(("LDCU.128 UR4, c[0x0][0x380]", "LEA R2, P4, R5, UR7, 0x1", "EXIT"), [], id="four"),
+        pytest.param(
+            ("LDCU.128 UR4, c[0x0][0x380]", "UTCHMMA gdesc[UR4], gdesc[UR8], tmem[UR5], tmem[UR6], idesc[UR7], UPT"),
+            [1],
+            id="blackwell-descriptor",
+        ),
         pytest.param(("UMOV UR6, URZ", "UMOV UR7, URZ", "HGMMA R0, gdesc[UR4], RZ", "EXIT"), [2], id="two-descriptors"),
         pytest.param(
-            ("@P0 BRA `(.L_x_0)", "UMOV UR4, 0x1", ".L_x_0:", "UMOV UR5, UR4", "EXIT"), [3], id="one-of-two-paths"
+            ("@P0 BRA `(.L_x_0)", "UMOV UR4, 0x1", ".L_x_0:", "UIADD3 UR5, UR4, URZ, URZ", "EXIT"), [3], id="one-of-two-paths"
         ),
         pytest.param(
             ("UMOV UR4, URZ", ".L_x_1:", "UIADD3 UR4, UR4, 0x1, URZ", "@P0 BRA `(.L_x_1)", "EXIT"), [], id="loop"

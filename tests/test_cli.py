@@ -291,7 +291,11 @@ def test_hopper_candidates_differ_from_the_table(dim: int, monkeypatch: pytest.M
     plan = plan_of(problem.q, problem.k, problem.v, Spec(causal=True), None)
     found = {k.kind: k for k in search._hopper(problem, plan, Spec(causal=True), lambda: None)}
     assert set(found) >= ({"hopper_fwd", "hopper_bwd"} if dim < 256 else {"hopper_fwd"})
-    for kernel in found.values():
+    # forward: warpgroups, keys, stages, turns; backward: single changes of the schedule and pairs of them
+    least = {"hopper_fwd": 7, "hopper_bwd": {64: 6, 128: 3}.get(dim)}
+    for kind, kernel in found.items():
         assert kernel.shipped not in kernel.candidates
-        assert len(set(kernel.candidates)) == len(kernel.candidates) >= 7
+        assert len(set(kernel.candidates)) == len(kernel.candidates)
+        if least.get(kind):
+            assert len(kernel.candidates) >= least[kind]
         assert {type(c) for c in kernel.candidates} == {type(kernel.shipped)}

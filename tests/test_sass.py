@@ -41,7 +41,9 @@ DROPPED_COPY = (
         ),
         pytest.param(("UMOV UR6, URZ", "UMOV UR7, URZ", "HGMMA R0, gdesc[UR4], RZ", "EXIT"), [2], id="two-descriptors"),
         pytest.param(
-            ("@P0 BRA `(.L_x_0)", "UMOV UR4, 0x1", ".L_x_0:", "UIADD3 UR5, UR4, URZ, URZ", "EXIT"), [3], id="one-of-two-paths"
+            ("@P0 BRA `(.L_x_0)", "UMOV UR4, 0x1", ".L_x_0:", "UIADD3 UR5, UR4, URZ, URZ", "EXIT"),
+            [3],
+            id="one-of-two-paths",
         ),
         pytest.param(
             ("UMOV UR4, URZ", ".L_x_1:", "UIADD3 UR4, UR4, 0x1, URZ", "@P0 BRA `(.L_x_1)", "EXIT"), [], id="loop"

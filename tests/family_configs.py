@@ -42,7 +42,7 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"n_group|topk_group|num_expert_group", 1),
     (r"num_experts_per_tok(en)?|top_k_experts|moe_topk|moe_k", 2),
     (r"num_mel_bins|feature_size", 16),
-    (r"index_topk", 5),
+    (r"index_topk", 8),
     (r"latent_query_num", 4),
     (r"max_source_positions", 20),
     (r"num_queries|num_query_tokens|num_latents|resampler_n_latents", 7),

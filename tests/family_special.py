@@ -49,6 +49,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},
     "mistral4": {"rope_parameters": ROPE},
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": ROPE}}},
+    "glm5_next": {"text_config": {"index_kpool": 2}},
+    "glm5_next_text": {"index_kpool": 2},
     "t5gemma2_text": {"dropout_rate": 0.0},
     "pix2struct_text_model": {"initializer_range": 0.02},
     "moonshine_streaming": {"num_key_value_heads": 4},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import random
 from typing import Any
 
 import pytest
@@ -210,6 +211,54 @@ def test_cache(module: Any, form: str) -> None:
     assert torch.equal(v_cache, dense_v)
 
 
+@pytest.mark.parametrize("draw", range(12))
+@BOTH
+def test_caches_with_everything_at_once(module: Any, draw: int) -> None:
+    """Drawn calls, positional up to the cache's lengths, against the formula row by row."""
+    pick = random.Random(draw)
+    batch, sq, capacity, new = pick.randrange(1, 4), pick.randrange(1, 4), 17, pick.randrange(0, 4)
+    q = rows(batch, sq, 4, 16)
+    k_cache, v_cache = rows(batch + 2, capacity, 2, 16, seed=1), rows(batch + 2, capacity, 2, 16, seed=2)
+    k, v = (rows(batch, new, 2, 16, seed=i) if new else None for i in (3, 4))
+    lengths = [pick.randrange(4, capacity - 4) for _ in range(batch)]
+    slots = pick.sample(range(batch + 2), batch)
+    pad = [pick.randrange(0, 4) for _ in range(batch)]
+    causal, window = pick.random() < 0.5, pick.choice([(-1, -1), (3, -1), (5, 2), (-1, 1)])
+    chunk, softcap = pick.choice([0, 5]) if module is fa3 else 0, pick.choice([0.0, 2.0])
+    angle = rows(capacity, pick.choice([4, 8]), seed=5)
+    tables = (angle.cos(), angle.sin()) if new and pick.random() < 0.7 else (None, None)
+    slopes = rows(batch, 4, seed=6).abs().float() if module is fa2 and pick.random() < 0.5 else None
+    interleaved = pick.random() < 0.5
+    more = {"alibi_slopes": slopes} if module is fa2 else {"attention_chunk": chunk}
+    old_k, old_v = k_cache.clone(), v_cache.clone()
+    out, lse = module.flash_attn_with_kvcache(
+        q, k_cache, v_cache, k, v, *([None] if module is fa3 else []), *tables, torch.tensor(lengths).int(),
+        torch.tensor(slots).int(), torch.tensor(pad).int(), None, softmax_scale=0.3, causal=causal,
+        window_size=window, softcap=softcap, rotary_interleaved=interleaved, return_softmax_lse=True, **more,
+    )  # fmt: skip
+    for b in range(batch):
+        n, total, slot = lengths[b], lengths[b] + new, slots[b]
+        qb = q[b]
+        if new:
+            kb, moving = k[b], causal or max(window) >= 0
+            if tables[0] is not None:
+                kb = rotated(kb, *tables, torch.arange(n, total), interleaved)
+                qb = rotated(qb, *tables, n + torch.arange(sq) * moving, interleaved)
+            old_k[slot, n:total], old_v[slot, n:total] = kb, v[b]
+        i, j = torch.arange(sq)[:, None] + total - sq, torch.arange(total)
+        seen = window_mask(sq, total, causal, window) & (j >= pad[b])
+        if chunk:
+            seen &= torch.div(i - pad[b], chunk, rounding_mode="floor") == (j - pad[b]) // chunk
+        bias = None if slopes is None else -slopes[b].double()[:, None, None] * (i - j).abs()
+        expected, expected_lse = exact(
+            qb[None] * 0.3 * 4, old_k[slot, None, :total], old_v[slot, None, :total], seen, softcap, bias
+        )
+        torch.testing.assert_close(out[b], expected[0], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(lse[b], expected_lse[0], atol=1e-6, rtol=1e-6, check_dtype=False)
+    torch.testing.assert_close(k_cache, old_k, atol=1e-6, rtol=1e-6)
+    assert torch.equal(v_cache, old_v)
+
+
 @BOTH
 def test_cache_without_new_keys_and_lengths_is_all_of_it(module: Any) -> None:
     q, k, v = rows(2, 1, 4, 8), rows(2, 11, 2, 8, seed=1), rows(2, 11, 2, 8, seed=2)
@@ -217,6 +266,33 @@ def test_cache_without_new_keys_and_lengths_is_all_of_it(module: Any) -> None:
     torch.testing.assert_close(module.flash_attn_with_kvcache(q, k, v), expected)
     short, _ = exact(q, k[:, :7], v[:, :7], torch.ones(1, 7, dtype=torch.bool))
     torch.testing.assert_close(module.flash_attn_with_kvcache(q, k, v, cache_seqlens=7, num_splits=3), short)
+
+
+def test_all_arguments_by_position() -> None:
+    """As old code calls them; more queries than keys leave rows that see nothing: 0 and -inf."""
+    q, k, v = rows(2, 9, 4, 8), rows(2, 6, 2, 8, seed=1), rows(2, 6, 2, 8, seed=2)
+    slopes, seen = rows(2, 4, seed=3).abs().float(), window_mask(9, 6, True, (4, 2))
+    distance = (torch.arange(9)[:, None] - 3 - torch.arange(6)).abs()
+    bias = -slopes.double()[..., None, None] * distance
+    expected, lse = exact(q * 0.5 * 8**0.5, k, v, seen, 3.0, bias)
+    out = fa2.flash_attn_func(q, k, v, 0.0, 0.5, True, (4, 2), 3.0, slopes, True, True)
+    torch.testing.assert_close(out[0], expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(out[1], lse, atol=1e-6, rtol=1e-6, check_dtype=False)
+    assert out[2] is None
+    assert not out[0][:, :3].any()
+    cu_q, cu_k = torch.tensor([0, 9, 18]).int(), torch.tensor([0, 6, 12]).int()
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    out = fa2.flash_attn_varlen_func(*flat, cu_q, cu_k, 9, 6, 0.0, 0.5, True, (4, 2), 3.0, slopes, True, True, None)
+    torch.testing.assert_close(out[0], expected.flatten(0, 1), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(out[1], lse.transpose(0, 1).flatten(1), atol=1e-6, rtol=1e-6, check_dtype=False)
+    expected, lse = exact(q * 0.5 * 8**0.5, k, v, seen, 3.0)
+    out = fa3.flash_attn_func(q, k, v, 0.5, True, None, None, None, None, (4, 2), 0, 3.0, 1, None, True, 0, True)
+    torch.testing.assert_close(out[0], expected)
+    out = fa3.flash_attn_varlen_func(
+        *flat, cu_q, cu_k, 9, 6, None, None, 0.5, True, None, None, None, None, (4, 2), 0, 3.0, 1, None, True, 0, True
+    )
+    torch.testing.assert_close(out[0], expected.flatten(0, 1))
+    torch.testing.assert_close(out[1], lse.transpose(0, 1).flatten(1), check_dtype=False)
 
 
 def test_what_is_lacking_raises() -> None:
@@ -231,3 +307,12 @@ def test_what_is_lacking_raises() -> None:
         fa2.flash_attn_with_kvcache(q, q, q, k=q, cache_seqlens=1)
     with pytest.raises(ValueError, match="cache_seqlens"):
         fa2.flash_attn_with_kvcache(q, q, q, k=q, v=q)
+    with pytest.raises(ValueError, match="cache_batch_idx"):
+        fa2.flash_attn_with_kvcache(q, q, q, cache_batch_idx=cu, block_table=cu[None])
+    table = torch.ones(3, 2)
+    with pytest.raises(ValueError, match="rotary_cos and rotary_sin: expected both"):
+        fa3.flash_attn_with_kvcache(q, q, q, q, q, rotary_cos=table, cache_seqlens=0)
+    with pytest.raises(ValueError, match="rotary_cos: expected k and v too"):
+        fa2.flash_attn_with_kvcache(q, q, q, rotary_cos=table, rotary_sin=table, cache_seqlens=0)
+    with pytest.raises(ValueError, match=r"expected \[at least 3"):
+        fa2.flash_attn_with_kvcache(q, q, q, q, q, table[:2], table[:2], cache_seqlens=0)

@@ -57,7 +57,7 @@ def chunks(q: Tensor, k: Tensor, chunk: int, causal: bool) -> Tensor | None:
 
 def with_cache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None,
-    rotary: tuple[Tensor, Tensor] | None,
+    rotary_cos: Tensor | None, rotary_sin: Tensor | None,
     interleaved: bool, lengths: int | Tensor | None, batch_index: Tensor | None, left_pad: Tensor | None,
     pages: Tensor | None, chunk: int, alibi_slopes: Tensor | None, causal: bool, window: tuple[int, int], **kwargs: Any,
 ) -> Result:  # fmt: skip
@@ -74,6 +74,9 @@ def with_cache(
     after = before
     if (k is None) != (v is None):
         raise ValueError("k and v: expected both or neither")
+    if pages is not None and batch_index is not None:
+        raise ValueError("cache_batch_idx: expected None with a paged cache, whose pages say where a sequence lies")
+    rotary = _rotary(rotary_cos, rotary_sin, k, capacity)
     if k is not None and v is not None:
         if lengths is None:
             raise ValueError(
@@ -120,10 +123,27 @@ def _visible(
         high = torch.minimum(high, position + (0 if causal else right) + 1)
     if left_pad is not None:
         low = torch.maximum(low, left_pad.long()[:, None])
-    if chunk:
-        own = torch.div(position, chunk, rounding_mode="floor") * chunk
+    if chunk:  # counted from where the sequence begins
+        start = torch.zeros_like(position) if left_pad is None else left_pad.long()[:, None]
+        own = start + torch.div(position - start, chunk, rounding_mode="floor") * chunk
         low, high = torch.maximum(low, own), torch.minimum(high, own + chunk)
     return torch.stack((low.clamp(min=0), high), -1).to(torch.int32)
+
+
+def _rotary(cos: Tensor | None, sin: Tensor | None, k: Tensor | None, capacity: int) -> tuple[Tensor, Tensor] | None:
+    """Both tables or None, checked as FlashAttention does."""
+    if cos is None or sin is None:
+        if cos is not sin:
+            raise ValueError("rotary_cos and rotary_sin: expected both or neither")
+        return None
+    if k is None:
+        raise ValueError("rotary_cos: expected k and v too, since only appended keys are rotated; rotate q beforehand")
+    if cos.shape != sin.shape or cos.dim() != 2 or cos.shape[0] < capacity or 2 * cos.shape[1] > k.shape[-1]:
+        raise ValueError(
+            f"rotary_cos and rotary_sin: expected [at least {capacity}, at most {k.shape[-1] // 2}] for a cache of "
+            f"{capacity} tokens and head dim {k.shape[-1]}, got {list(cos.shape)} and {list(sin.shape)}"
+        )
+    return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, interleaved: bool) -> Tensor:

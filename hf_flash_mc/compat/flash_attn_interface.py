@@ -88,8 +88,8 @@ def flash_attn_with_kvcache(
         v_descale=v_descale,
     )  # fmt: skip
     out, lse = calls.with_cache(
-        q, k_cache, v_cache, k, v, None if rotary_cos is None or rotary_sin is None else (rotary_cos, rotary_sin),
-        rotary_interleaved, cache_seqlens, cache_batch_idx, cache_leftpad, page_table, attention_chunk, None, causal,
-        window_size, **calls.options(softmax_scale, softcap, False, q.device),
+        q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, rotary_interleaved, cache_seqlens, cache_batch_idx,
+        cache_leftpad, page_table, attention_chunk, None, causal, window_size,
+        **calls.options(softmax_scale, softcap, False, q.device),
     )  # fmt: skip
     return (out, lse) if return_softmax_lse else out

@@ -10,6 +10,7 @@ from .api import Explanation, explain_attention, flash_attention, flash_attentio
 from .block_mask import BlockLists, evaluate_block_mask
 from .distributed import merge_attention
 from .library import sac_save_list
+from .shared_prefix import shared_prefix_attention
 
 __all__ = [
     "BlockLists",
@@ -20,4 +21,5 @@ __all__ = [
     "flash_attention_varlen",
     "merge_attention",
     "sac_save_list",
+    "shared_prefix_attention",
 ]

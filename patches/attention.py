@@ -91,6 +91,12 @@ def mc_attention(
     q_length, kv_length = query.shape[2], key.shape[2]
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
     slots = getattr(key, "slots", None)  # keys of a MegaContextCache know what may be seen: they are in no order
+    if slots is not None and hasattr(slots, "attend"):  # keys that are only a part of what is seen
+        given = {"position_bias": position_bias, "indices": indices, "cu_seq_lens_q": cu_seq_lens_q}
+        if any(x is not None for x in given.values()):
+            raise NotImplementedError(f"{', '.join(n for n, x in given.items() if x is not None)}: not over a prefix")
+        options_here = {"softcap": softcap, "sinks": s_aux, "scale": scaling, "dropout_p": dropout}
+        return slots.attend(query, key, value, attention_mask, **options_here).transpose(1, 2).contiguous(), None
     if slots is None:
         visible = _read_mask(attention_mask, q_length, kv_length, causal, sliding_window)
     else:

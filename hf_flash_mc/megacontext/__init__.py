@@ -10,6 +10,7 @@ _HOME = {
     "AllocatorState": "allocator",
     "BudgetError": "working_context",
     "Change": "working_context",
+    "CounterfactualScorer": "counterfactual",
     "DualLens": "lensnet",
     "Edits": "working_context",
     "EmbeddingGist": "gistnet",

@@ -1,0 +1,121 @@
+"""Counterfactuals through a shared prefix: equal to editing and running each variant, on real model families."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_megacontext_session import CONFIG, attached, edits, history
+
+from hf_flash_mc.megacontext.attach import layer_windows
+from hf_flash_mc.megacontext.counterfactual import CounterfactualScorer
+from hf_flash_mc.megacontext.evaluate import target_losses
+from hf_flash_mc.megacontext.prefix import Keys, PrefixCache, read, run
+
+VARIANTS = (
+    [],
+    [(1, 4, 1)],  # expansions
+    [(1, 8, 1)],
+    [(1, 16, 2)],
+    [(-1, 40, 1)],  # a collapse
+    [(1, 8, 1), (-1, 44, 1)],  # an expansion that is paid for
+)
+
+
+def collapsed(family: str):
+    model = attached(family, **({"sliding_window": 66} if family == "mistral" else {}))
+    gist = model.megacontext.gist
+    with torch.no_grad():
+        gist.beta.copy_(torch.randn(gist.beta.shape, generator=torch.Generator().manual_seed(3)))
+    session = model.megacontext.session()
+    session.ingest(history(70))
+    session.apply(edits((-1, 16, 2), (-1, 4, 1), (-1, 8, 1), (-1, 36, 1)))
+    session.apply(edits((1, 36, 1)))  # leaves free columns among those that are read
+    return session
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3", "gpt_oss"])
+def test_losses_are_those_of_the_edited_session(family: str) -> None:
+    session, targets = collapsed(family), history(9, seed=5)[0]
+    before = session.working_context.copy()
+    wanted = []
+    for variant in VARIANTS:
+        session.apply(edits(*variant))
+        wanted.append(torch.from_numpy(target_losses(session, targets)))
+        session.restore(before)
+    scorer = CounterfactualScorer(session)
+    found = scorer.losses([edits(*variant) for variant in VARIANTS], targets, batch=4)
+    assert found.shape == (len(VARIANTS), 9)
+    assert (found - torch.stack(wanted)).abs().max() <= 1e-4
+    assert (found[1:] - found[0]).abs().amax(1).min() > 1e-3, "every edit must matter"
+    session.check_invariants()
+    assert session.working_context.start.tolist() == before.start.tolist()
+    longer = scorer.losses([edits(*VARIANTS[0])], targets, reread=3)
+    assert longer.shape == (1, 9)
+
+
+def test_gradients_are_those_of_full_forwards() -> None:
+    model, gen = attached("llama"), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    cache, _ = read(model, history(20), observe=4, keep=1)
+    ids, tokens = torch.randint(3, 90, (3, 5), generator=gen), torch.arange(24, 29)
+    own_shape = (2, 3, 2, 4, cache.keys[0].shape[-1])
+    leaves = [
+        torch.stack(cache.keys),  # [L, 1, Hkv, 20, D]
+        torch.stack(cache.values),
+        torch.randn(2, 1, 2, 20, generator=gen),
+        torch.randn(own_shape, generator=gen),
+        torch.randn(own_shape, generator=gen),
+        torch.randn(2, 3, 2, 4, generator=gen),
+    ]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+
+    def logits(repeat: int) -> torch.Tensor:
+        shared = Keys(*(leaf.repeat_interleave(repeat, 1) for leaf in leaves[:3]))
+        held = PrefixCache(shared, Keys(*leaves[3:]), tokens, layer_windows(model))
+        return run(model, held, tokens[None].expand(3, -1), 5, input_ids=ids)
+
+    wanted, found = logits(3), logits(1)
+    assert (wanted - found).abs().max() <= 1e-5
+    dout = torch.randn(wanted.shape, generator=gen)
+    for a, b in zip(torch.autograd.grad(wanted, leaves, dout), torch.autograd.grad(found, leaves, dout), strict=True):
+        assert (a - b).abs().max() <= 3e-5 * a.abs().max()
+        assert a.abs().max() > 0
+
+
+def test_a_recorded_read_is_the_models_own() -> None:
+    model, ids = attached("gemma3"), history(23)
+    with torch.no_grad():
+        expected = model(ids).logits
+        cache, logits = read(model, ids, observe=6, keep=23)
+    assert (logits - expected).abs().max() <= 1e-5
+    assert cache.queries[0].shape[2] == 6
+    assert cache.keys[0].shape[2] == 23
+
+
+def test_what_cannot_be_scored_is_named() -> None:
+    session, targets = collapsed("llama"), history(4, seed=5)[0]
+    scorer = CounterfactualScorer(session)
+    with pytest.raises(ValueError, match="run again"):
+        scorer.losses([edits((-1, 60, 1))], targets, reread=8)
+    with pytest.raises(ValueError, match="targets"):
+        scorer.losses([edits((1, 4, 1))], targets[:0])
+    embedding = dataclasses.replace(CONFIG, backend="embedding")
+    with pytest.raises(NotImplementedError, match="kv"):
+        CounterfactualScorer(attached("llama", embedding).megacontext.session())
+
+
+def test_the_benchmark_checks_and_writes_what_it_measured(tmp_path: Path) -> None:
+    from benchmarks import counterfactual
+
+    path = tmp_path / "out.json"
+    sizes = ["--shape", "tiny", "--variants", "3", "--prefix", "200", "--suffix", "8", "--dtype", "float32"]
+    assert counterfactual.main([*sizes, "--device", "cpu", "--out", str(path)]) == 0
+    rows = {row["implementation"]: row for row in json.loads(path.read_text())["rows"]}
+    assert set(rows) == {"ours", "session", "full", "full-sdpa", "expanded-sdpa"}
+    assert rows["ours"]["times_ours"] == 1
+    assert all(row["error_nats"] < 1e-3 and row["median_ms"] > 0 for row in rows.values())

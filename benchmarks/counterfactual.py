@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out:
         Path(options.out).write_text(json.dumps({"run": asdict(run), "rows": rows}, indent=1) + "\n")
     for row in rows:
-        print(f"{row['shape']:>5} {row['implementation']:<13} {row['median_ms']:9.2f} ms {row['times_ours']:5.1f} x ours")
+        time, times = row["median_ms"], row["times_ours"]
+        print(f"{row['shape']:>5} {row['implementation']:<14} {time:9.2f} ms {times:6.1f} x ours")
     return 0
 
 

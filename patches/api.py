@@ -27,8 +27,9 @@ class PatchReport:
     """What patch_model did to a model and what ran since.
 
     ``calls``: eager calls of each attention module; ``compiled``: modules traced into a compiled graph (not counted
-    there); ``not_reached``: modules that no forward has reached yet; ``skipped``: modules left to transformers, with
-    the reason; ``fallbacks``: calls handed to sdpa, with ``fallback_reasons``.
+    there), with all layers of their stack, which may share it; ``not_reached``: modules that no forward has reached yet;
+    ``skipped``: modules left to transformers, with the reason; ``fallbacks``: calls handed to sdpa, with
+    ``fallback_reasons``.
     """
 
     model: str
@@ -182,16 +183,22 @@ def patch_report(model: nn.Module) -> PatchReport:
     if state is None:
         return PatchReport(model=type(root).__name__, patched=False)
     records = [record for _, record in state.records]
+    traced = {_stack(r.name) for r in records if r.compiled}
     return PatchReport(
         model=type(root).__name__,
         patched=True,
         options={"fallback": state.options.fallback, "packing": state.options.packing},
         calls={r.name: r.calls for r in records},
-        compiled=tuple(r.name for r in records if r.compiled),
+        compiled=tuple(r.name for r in records if _stack(r.name) in traced),
         skipped=dict(state.skipped),
         fallbacks={r.name: r.fallbacks for r in records if r.fallbacks},
         fallback_reasons=tuple(sorted({r.fallback_reason for r in records if r.fallback_reason})),
     )
+
+
+def _stack(name: str) -> str:
+    """A module's name without the number of its layer: layers compiled one by one share the graph of the first."""
+    return re.sub(r"\d+", "#", name)
 
 
 def find_root(model: Any) -> PreTrainedModel:

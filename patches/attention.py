@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.comptime import comptime
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from hf_flash_mc.ops import flash_attention
@@ -37,7 +39,7 @@ class ModuleRecord:
     name: str
     options: Options
     calls: int = 0  # eager calls
-    compiled: bool = False  # traced into a compiled graph, where calls are not counted
+    compiled: bool = False  # traced into a graph, where calls are not counted
     fallbacks: int = 0
     fallback_reason: str | None = None
 
@@ -83,7 +85,7 @@ def mc_attention(
     options = _DEFAULT if record is None else record.options
     if record is not None:
         if torch.compiler.is_compiling():
-            record.compiled = True  # written, never read here: a counter would recompile at every call
+            comptime(_note_traced, partial(_note, record))
         else:
             record.calls += 1
     if query.shape[0] != key.shape[0]:  # learned queries shared by the whole batch
@@ -133,6 +135,19 @@ def mc_attention(
             record.fallback_reason = str(reason)
         return _sdpa(module, query, key, value, visible, bias, dropout, scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _note(record: ModuleRecord) -> None:
+    record.compiled = True
+
+
+def _note_traced(context: Any) -> None:
+    """Runs while dynamo traces `mc_attention`, on the record itself: the graph holds no trace of it.
+
+    A traced assignment would be a side effect, which checkpointing forbids inside a layer, and a counter would recompile
+    at every call.
+    """
+    _note(context.get_local("record")._i_will_not_complain_if_bc_breaks_VariableTracker().value)
 
 
 def _select(visible: dict[str, Any], indices: Tensor, q_length: int, kv_length: int) -> dict[str, Any]:

@@ -43,6 +43,34 @@ def test_full_graph_training_equals_eager(family, kind):
     assert len(patch_report(ours).compiled) == 2
 
 
+@pytest.mark.parametrize("layer_by_layer", [False, True])
+def test_checkpointing_compiles_in_full_graphs(layer_by_layer):
+    """Checkpointing allows no side effects within a layer, and layers compiled one by one share one graph."""
+    model, mask = causal_model("llama"), padding("holes")
+    inputs = {"input_ids": tokens(), "attention_mask": mask, "use_cache": False}
+    expected = outputs_and_gradients(model, logits, mask, **inputs)
+    ours = patch_model(twin(model)).train()
+    ours.gradient_checkpointing_enable({"use_reentrant": False})
+    counter = AotCounter()
+    for part in ours.model.layers if layer_by_layer else [ours]:
+        part.forward = torch.compile(part.forward, fullgraph=True, backend=counter)
+    assert_same(outputs_and_gradients(ours, logits, mask, **inputs), expected)
+    assert counter.graphs == 1
+    assert not patch_report(ours).not_reached
+    assert len(patch_report(ours).compiled) == 2
+
+
+class AotCounter:
+    """The aot_eager backend, counting graphs."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
+
+
 @pytest.mark.parametrize("family", ADAPTED)
 def test_adapters_compile_in_one_graph(family):
     model, mask = causal_model(family), padding("left")

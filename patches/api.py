@@ -27,7 +27,7 @@ class PatchReport:
     """What patch_model did to a model and what ran since.
 
     ``calls``: eager calls of each attention module; ``compiled``: modules traced into a compiled graph (not counted
-    there), with all layers of their stack, which may share it; ``not_reached``: modules that no forward has reached yet;
+    there), with all layers of their stack, which may share it; ``not_reached``: modules that no forward reached yet;
     ``skipped``: modules left to transformers, with the reason; ``fallbacks``: calls handed to sdpa, with
     ``fallback_reasons``.
     """

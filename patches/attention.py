@@ -144,7 +144,7 @@ def _note(record: ModuleRecord) -> None:
 def _note_traced(context: Any) -> None:
     """Runs while dynamo traces `mc_attention`, on the record itself: the graph holds no trace of it.
 
-    A traced assignment would be a side effect, which checkpointing forbids inside a layer, and a counter would recompile
+    A traced assignment would be a side effect, which checkpointing forbids inside a layer; a counter would recompile
     at every call.
     """
     _note(context.get_local("record")._i_will_not_complain_if_bc_breaks_VariableTracker().value)

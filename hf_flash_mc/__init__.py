@@ -13,7 +13,16 @@ if TYPE_CHECKING:
     from hf_flash_mc.megacontext.attach import attach_megacontext, detach_megacontext
     from hf_flash_mc.megacontext.config import MegaContextConfig
     from hf_flash_mc.megacontext.io import load_megacontext
-    from hf_flash_mc.ops import explain_attention, flash_attention, flash_attention_varlen, merge_attention
+    from hf_flash_mc.ops import (
+        explain_attention,
+        flash_attention,
+        flash_attention_varlen,
+        merge_attention,
+        ring_attention,
+        shard_sequence,
+        ulysses_attention,
+        unshard_sequence,
+    )
     from hf_flash_mc.patches import patch_model, patch_report, patched, unpatch_model
 
 _SUBPACKAGES = ("cli", "megacontext", "ops", "patches")
@@ -30,9 +39,12 @@ __all__ = [
     "patch_model",
     "patch_report",
     "patched",
+    "ring_attention",
+    "shard_sequence",
+    "ulysses_attention",
     "unpatch_model",
+    "unshard_sequence",
 ]
-_OPS = {"explain_attention", "flash_attention", "flash_attention_varlen", "merge_attention"}
 
 
 def __getattr__(name: str) -> Any:
@@ -40,7 +52,7 @@ def __getattr__(name: str) -> Any:
         return import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "ops" if name in _OPS else "megacontext" if "mega" in name.lower() else "patches"
+    home = "patches" if "patch" in name else "megacontext" if "mega" in name.lower() else "ops"
     return getattr(import_module(f"{__name__}.{home}"), name)
 
 

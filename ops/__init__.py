@@ -8,8 +8,9 @@ if not __name__.startswith("hf_flash_mc."):
 
 from .api import Explanation, explain_attention, flash_attention, flash_attention_varlen
 from .block_mask import BlockLists, evaluate_block_mask
-from .distributed import merge_attention
+from .distributed import merge_attention, ring_attention, ulysses_attention
 from .library import sac_save_list
+from .sequence import shard_sequence, unshard_sequence
 from .shared_prefix import shared_prefix_attention
 
 __all__ = [
@@ -20,6 +21,10 @@ __all__ = [
     "flash_attention",
     "flash_attention_varlen",
     "merge_attention",
+    "ring_attention",
     "sac_save_list",
+    "shard_sequence",
     "shared_prefix_attention",
+    "ulysses_attention",
+    "unshard_sequence",
 ]

@@ -460,4 +460,6 @@ def sac_save_list() -> list[Any]:
 
     For ``torch.utils.checkpoint.create_selective_checkpoint_contexts(sac_save_list())``.
     """
-    return [FWD, VARLEN_FWD]
+    from .ring import RING_FWD
+
+    return [FWD, VARLEN_FWD, RING_FWD]

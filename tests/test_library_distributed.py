@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import os
-import socket
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import RANKS, gloo, on_ranks
 from torch import Tensor, nn
 
 from hf_flash_mc.ops import flash_attention, flash_attention_varlen, merge_attention
 from hf_flash_mc.ops.reference import reference_attention
-
-RANKS = 2
-
 
 # ---- merge_attention -------------------------------------------------------------------------------------------------
 
@@ -88,25 +81,6 @@ def test_merge_refuses_what_does_not_fit() -> None:
 
 
 # ---- two processes ---------------------------------------------------------------------------------------------------
-
-
-def launch(rank: int, port: int, bodies: tuple[Callable[[int], None], ...]) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-    try:
-        for body in bodies:
-            body(rank)
-    finally:
-        dist.destroy_process_group()
-
-
-def on_two_ranks(*bodies: Callable[[int], None]) -> None:
-    """Run the functions one after the other in two processes; starting them is what takes long."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(launch, (port, bodies), nprocs=RANKS)
 
 
 def placements(tensors: dict[str, Tensor], by: str) -> dict[str, Any]:
@@ -262,14 +236,11 @@ def context_parallel_body(rank: int) -> None:
     assert torch.equal(flash_attention(q, k, v), expected)
 
 
-gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
-
-
 @gloo
 def test_dtensors_split_by_batch_or_heads_and_gathered_otherwise() -> None:
-    on_two_ranks(dtensor_body, packed_and_compiled_body)
+    on_ranks(dtensor_body, packed_and_compiled_body)
 
 
 @gloo
 def test_fsdp_tensor_parallel_and_context_parallel() -> None:
-    on_two_ranks(parallel_body, context_parallel_body)
+    on_ranks(parallel_body, context_parallel_body)

@@ -1,0 +1,164 @@
+"""What the training scripts share: windows of text, a learning rate, checkpoints of heads, and checks of the optimizer.
+
+Everything that is random is drawn from (seed, step, process), so a run goes on from any checkpoint as if it had never
+stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .evaluate import sample_windows
+from .io import WEIGHTS, _check_weights, _read_tensors, _write_tensors
+
+OPTIMIZER, PROGRESS, PREFIX = "optimizer.safetensors", "training.json", "checkpoint-"
+
+
+class Windows:
+    """Windows of ``length`` tokens from a file of tokens, each inside one document.
+
+    Args:
+        path: NAME.npy, token ids ``[n]``, with NAME.starts.npy beside it, where its documents begin (`save_tokens`).
+    """
+
+    def __init__(self, path: str | Path, length: int) -> None:
+        path = Path(path)
+        self.tokens, self.length = np.load(path, mmap_mode="r"), length
+        starts = np.load(starts_path(path))
+        self.bounds = np.append(starts, len(self.tokens))
+        if self.tokens.ndim != 1 or starts.ndim != 1 or (np.diff(self.bounds) < 0).any():
+            raise ValueError(f"{path}: expected token ids [n] and rising starts, got {self.tokens.shape}")
+        counts = np.maximum(np.diff(self.bounds) - length + 1, 0)
+        self._ends = counts.cumsum()  # of the numbered windows of each document
+        if not len(counts) or not self._ends[-1]:
+            raise ValueError(f"{path}: expected a document of at least {length} tokens, got none; use shorter windows")
+
+    def draw(self, count: int, *seed: int) -> Tensor:
+        """``[count, length]`` int64, at random by ``seed`` (such as seed, step, process)."""
+        numbers = np.random.default_rng(seed).integers(0, self._ends[-1], count)
+        document = np.searchsorted(self._ends, numbers, side="right")
+        first = self.bounds[document] + numbers - np.append(0, self._ends)[document]
+        rows = self.tokens[first[:, None] + np.arange(self.length)]
+        return torch.from_numpy(rows.astype(np.int64))
+
+    def apart(self, count: int, seed: int = 0) -> Tensor:
+        """``[count, length]``, none overlapping another; ValueError where the text has fewer."""
+        return sample_windows(self._documents(), self.length, count, seed)
+
+    def _documents(self) -> Iterator[Tensor]:
+        for first, last in zip(self.bounds[:-1], self.bounds[1:], strict=True):
+            yield torch.from_numpy(np.asarray(self.tokens[first:last]).astype(np.int64))
+
+
+def starts_path(path: Path) -> Path:
+    """Where the documents of a token file begin: NAME.starts.npy."""
+    return path.with_suffix(".starts.npy")
+
+
+def save_tokens(path: str | Path, documents: Iterable[Tensor]) -> int:
+    """Write documents as one token file; how many tokens."""
+    path, parts = Path(path), list(documents)
+    starts = np.cumsum([0] + [len(part) for part in parts])
+    tokens = torch.cat(parts).numpy() if parts else np.empty(0, np.int64)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, tokens.astype(np.uint16 if tokens.max(initial=0) < 2**16 else np.uint32))
+    np.save(starts_path(path), starts[:-1].astype(np.int64))
+    return len(tokens)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, least: float = 0.01) -> float:
+    """Linear to ``peak`` over ``warmup`` steps, then a cosine to ``least`` of it."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * (least + (1 - least) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+
+
+def freeze_base(model: Any, head: nn.Module) -> None:
+    """Only ``head`` gets gradients; the model neither gets any nor drops out."""
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in head.parameters():
+        parameter.requires_grad_(True)
+
+
+def check_learning(module: nn.Module, optimizer: Any, model: Any) -> None:
+    """After a backward: every parameter of ``module`` has a gradient and is in the optimizer, and nothing else is.
+
+    Raises:
+        RuntimeError: with the name of every parameter that would never be trained, or should not be.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    named = dict(module.named_parameters())
+    mine = {id(p) for p in named.values()}
+    problems = [f"{name} is not in the optimizer" for name, p in named.items() if id(p) not in held]
+    problems += [f"{name} has no gradient" for name, p in named.items() if p.grad is None]
+    problems += [f"{name} is frozen" for name, p in named.items() if not p.requires_grad]
+    if held - mine:
+        problems.append(f"{len(held - mine)} parameters in the optimizer are no part of what is trained")
+    base = [(name, p) for name, p in model.named_parameters() if id(p) not in mine]
+    problems += [f"{name} of the base model is not frozen" for name, p in base if p.requires_grad or p.grad is not None]
+    if problems:
+        raise RuntimeError("training: " + "; ".join(problems))
+
+
+def save_checkpoint(folder: str | Path, step: int, addon: Any, optimizer: Any, about: dict[str, Any]) -> Path:
+    """Write ``checkpoint-STEP`` (heads, optimizer, how far) under ``folder``, then remove older ones.
+
+    It appears whole or not at all. ``about``: the settings that a run must share to go on from it.
+    """
+    folder = Path(folder)
+    fresh, final = folder / f".new-{step}", folder / f"{PREFIX}{step}"
+    shutil.rmtree(fresh, ignore_errors=True)
+    addon.save_pretrained(fresh)
+    state = optimizer.state_dict()["state"]
+    flat = {f"{i}.{name}": torch.as_tensor(x) for i, values in state.items() for name, x in values.items()}
+    _write_tensors(fresh / OPTIMIZER, flat)
+    (fresh / PROGRESS).write_text(json.dumps({"step": step, "about": about}, indent=1, sort_keys=True) + "\n")
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(fresh, final)
+    for old in checkpoints(folder):
+        if old != final:
+            shutil.rmtree(old)
+    return final
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """Checkpoints under a folder, oldest first."""
+    found = [p for p in Path(folder).glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+
+
+def load_checkpoint(folder: Path, addon: Any, optimizer: Any, about: dict[str, Any]) -> int:
+    """Put a checkpoint into heads and optimizer; how many steps it has made.
+
+    Raises:
+        ValueError: other settings, or weights that do not fit.
+    """
+    progress = json.loads((folder / PROGRESS).read_text())
+    kept, mine = progress["about"], json.loads(json.dumps(about))
+    names = sorted(k for k in {*kept, *mine} if kept.get(k) != mine.get(k))
+    if names:
+        differ = "; ".join(f"{k}: {kept.get(k)!r}, now {mine.get(k)!r}" for k in names)
+        raise ValueError(f"{folder}: it was made with other settings ({differ}); give those, or another folder")
+    weights = _read_tensors(folder / WEIGHTS)
+    _check_weights(folder / WEIGHTS, weights, addon.state_dict())
+    addon.load_state_dict(weights)
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, x in _read_tensors(folder / OPTIMIZER).items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = x
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(progress["step"])

@@ -1,0 +1,116 @@
+"""The training scripts on tiny models: they learn, they go on as if never stopped, and they notice what would not."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from patch_models import VOCAB, causal_model
+from safetensors.torch import load_file
+
+from hf_flash_mc.megacontext import training
+from hf_flash_mc.megacontext.io import WEIGHTS, load_megacontext
+
+EXAMPLES = str(Path(__file__).resolve().parent.parent / "examples")
+SIZES = ["--block-size", "4", "--context", "60", "--horizon", "8", "--sink", "4", "--recent", "8", "--batch", "4"]
+
+
+def script(name: str) -> Any:
+    if EXAMPLES not in sys.path:
+        sys.path.insert(0, EXAMPLES)
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, and texts in which the future repeats the past."""
+    folder = tmp_path_factory.mktemp("data")
+    causal_model("llama").save_pretrained(folder / "model")
+    gen = torch.Generator().manual_seed(0)
+    documents = [torch.randint(3, VOCAB, (30,), generator=gen).repeat(9) for _ in range(6)]
+    training.save_tokens(folder / "train.npy", documents[:4])
+    training.save_tokens(folder / "held.npy", documents[4:])
+    return folder
+
+
+def gist_arguments(data: Path, out: Path, *more: str) -> list[str]:
+    files = ["--model", str(data / "model"), "--train", str(data / "train.npy"), "--held-out", str(data / "held.npy")]
+    return [*files, "--out", str(out), *SIZES, "--windows", "4", "--steps", "12", "--log-every", "1", *more]
+
+
+@pytest.mark.parametrize("backend", ["kv", "embedding"])
+def test_gists_train_and_a_resumed_run_equals_an_unbroken_one(data: Path, tmp_path: Path, backend: str) -> None:
+    settings = '{"rank": 4}' if backend == "kv" else '{"layers": 1, "pooling": "cls"}'
+    more = ["--backend", backend, "--gist", settings, "--lr", "1e-2", "--coarse", "0.5", "--mixtures", "2"]
+    run = script("train_gist").main
+    line = run(gist_arguments(data, tmp_path / "whole", *more, "--save-every", "5"))
+    assert line["step"] == 12
+    assert {"held_out_drop", "held_out_gists", "recovered"} <= line.keys()
+    for stop in ("1", "6", "99"):
+        run(gist_arguments(data, tmp_path / "broken", *more, "--save-every", "4", "--stop-after", stop))
+    whole, broken = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "broken"))
+    assert whole.keys() == broken.keys()
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    logs = [json.loads(row) for row in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logs if "loss" in row] == list(range(1, 13))
+    assert [p.name for p in training.checkpoints(tmp_path / "whole")] == ["checkpoint-12"]
+    model = causal_model("llama")
+    model.config._name_or_path = str(data / "model")
+    load_megacontext(model, tmp_path / "whole")
+    assert not [n for n in whole if n.startswith("model.")], "heads only"
+    with pytest.raises(ValueError, match="other settings"):
+        run(gist_arguments(data, tmp_path / "whole", *more, "--seed", "5"))
+
+
+def test_windows_stay_inside_documents_and_are_drawn_by_their_seed(data: Path) -> None:
+    lines = [torch.arange(100), torch.arange(1000, 1007), torch.arange(2000, 2040)]
+    assert training.save_tokens(data / "lines.npy", lines) == 147
+    windows = training.Windows(data / "lines.npy", 10)
+    rows = windows.draw(3000, 3, 1)
+    assert (rows.diff(dim=1) == 1).all()
+    assert set(rows[:, 0].tolist()) == {*range(91), *range(2000, 2031)}
+    assert torch.equal(rows, windows.draw(3000, 3, 1))
+    assert not torch.equal(rows, windows.draw(3000, 3, 2))
+    assert windows.apart(14).unique().numel() == 140
+    with pytest.raises(ValueError, match="at least 101"):
+        training.Windows(data / "lines.npy", 101)
+
+
+def test_what_would_never_learn_is_named() -> None:
+    model, head = causal_model("llama"), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    training.freeze_base(model, head)
+    optimizer = torch.optim.SGD(head[0].parameters(), 0.1)
+    head[0](torch.ones(1, 2)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"1\.weight is not in the optimizer.*1\.weight has no gradient"):
+        training.check_learning(head, optimizer, model)
+    training.check_learning(head[0], optimizer, model)
+    model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="lm_head.weight of the base model is not frozen"):
+        training.check_learning(head[0], optimizer, model)
+
+
+def test_learning_rate_warms_up_and_falls() -> None:
+    rates = [training.learning_rate(step, 100, 1.0, 10) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[100] == pytest.approx(0.01)
+
+
+def test_files_are_split_by_name(data: Path, tmp_path: Path) -> None:
+    prepare = script("prepare_tokens")
+    (tmp_path / "sub").mkdir()
+    for i in range(20):
+        (tmp_path / "sub" / f"{i}.txt").write_text("word " * 100)
+    (tmp_path / "short.txt").write_text("word")
+    (tmp_path / "image.png").write_bytes(b"\x00" * 999)
+    names = [name for name, _ in prepare.read_folder(tmp_path)]
+    assert len(names) == 20
+    sides = {name: prepare.held_out(name) for name in names}
+    assert sides == {name: prepare.held_out(name) for name in reversed(names)}
+    assert 0 < sum(prepare.held_out(str(i)) for i in range(1000)) < 200

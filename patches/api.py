@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from .attention import KEY, ModuleRecord, Options, register
-from .models import ADAPTED, adapter_of
+from .attention import KEY, ModuleRecord, Options, refuse_weights, register
+from .models import ADAPTED, adapter_of, uses_interface
 from .support import DENSE_MASKS, HARMLESS_CLASSES, REFUSED
 
 _READS_MASK = re.compile(r"(attention|causal)_mask\w*\.dtype\s*[!=]=\s*torch\.bool|causal_mask\w*\.to\(dtype")
@@ -72,6 +73,7 @@ class _State:
     records: list[tuple[nn.Module, ModuleRecord]]
     skipped: dict[str, str]
     adapted: list[tuple[nn.Module, type]]  # modules whose class an adapter replaced, and their former class
+    hooks: list[RemovableHandle]
     # former config object, the copy that replaced it, and the copy's attributes at that time
     configs: list[tuple[PreTrainedConfig, PreTrainedConfig, dict[str, Any]]]
 
@@ -153,6 +155,8 @@ def unpatch_model(model: Any) -> Any:
             if name not in before or before[name] is not now:
                 vars(old)[name] = former.get(id(now), now)
     _swap_configs([model, root], former)
+    for handle in state.hooks:
+        handle.remove()
     for module, cls in state.adapted:
         module.__class__ = cls
     for module, _ in state.records:
@@ -240,6 +244,7 @@ def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
         [],
         skipped,
         [(m, type(m)) for m, _ in adapted],
+        [m.register_forward_pre_hook(_refuse_weights, with_kwargs=True) for m in _parts_with(root, attention)],
         [(c, copies[id(c)], dict(vars(copies[id(c)]))) for c in configs],
     )
     for config in configs:
@@ -254,16 +259,15 @@ def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
     vars(root)["_mc_state"] = state
 
 
-def uses_interface(cls: type) -> bool:
-    """Whether a module class fetches its attention function from transformers' registry, read from its bytecode."""
-    for base in cls.__mro__:
-        if base is nn.Module or base is PreTrainedModel:
-            break
-        for member in vars(base).values():
-            code = getattr(inspect.unwrap(member), "__code__", None) if callable(member) else None
-            if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
-                return True
-    return False
+def _parts_with(root: PreTrainedModel, attention: dict[str, nn.Module]) -> list[PreTrainedModel]:
+    """The PreTrainedModels in ``root``, itself included, that hold one of the attention modules."""
+    parts = [(f"{n}." if n else "", m) for n, m in root.named_modules() if isinstance(m, PreTrainedModel)]
+    return [m for prefix, m in parts if any(n.startswith(prefix) for n in attention)]
+
+
+def _refuse_weights(part: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a forward: not every family tells its attention that weights are asked for, and would return none."""
+    refuse_weights(kwargs.get("output_attentions"))
 
 
 def runs_here(cls: type) -> bool:

@@ -75,11 +75,7 @@ def mc_attention(
     ``[B, Q, Hq, Dv]``, contiguous, and None: attention weights are never formed. What cannot be expressed raises
     NotImplementedError, or with fallback="sdpa" runs transformers' own sdpa function and is counted.
     """
-    if output_attentions:
-        raise NotImplementedError(
-            "output_attentions=True: mc_attention never forms the attention weights. Way out: unpatch_model(model) and "
-            'model.set_attn_implementation("eager")'
-        )
+    refuse_weights(output_attentions)
     _reject_unknown(kwargs)
     record: ModuleRecord | None = getattr(module, "_mc_record", None)
     options = _DEFAULT if record is None else record.options
@@ -148,6 +144,15 @@ def _note_traced(context: Any) -> None:
     at every call.
     """
     _note(context.get_local("record")._i_will_not_complain_if_bc_breaks_VariableTracker().value)
+
+
+def refuse_weights(output_attentions: bool | None) -> None:
+    """Raise NotImplementedError if attention weights are asked for."""
+    if output_attentions:
+        raise NotImplementedError(
+            "output_attentions=True: mc_attention never forms the attention weights. Way out: unpatch_model(model) and "
+            'model.set_attn_implementation("eager")'
+        )
 
 
 def _select(visible: dict[str, Any], indices: Tensor, q_length: int, kv_length: int) -> dict[str, Any]:

@@ -60,7 +60,8 @@ ENCODER_DECODER = {
     "forced_eos_token_id": None,
 }
 
-ADAPTED = ("bloom", "mpt", "falcon", "falcon_alibi", "gpt_neo")  # attention classes of their own: patches/models
+# Attention classes of their own: patches/models. The last two only before transformers 5.24.
+ADAPTED = ("bloom", "mpt", "falcon", "falcon_alibi", "gpt_neo", "gptj", "codegen")
 
 CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -110,6 +111,8 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     "mpt": ("Mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),
     "falcon": ("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, **NO_DROPOUT}),
     "falcon_alibi": ("Falcon", {"alibi": True, "multi_query": True, "new_decoder_architecture": False, **NO_DROPOUT}),
+    "gptj": ("GPTJ", {"rotary_dim": 8, "n_inner": 96, "attn_pdrop": 0.0, "n_positions": 256, **NO_DROPOUT}),
+    "codegen": ("CodeGen", {"rotary_dim": 8, "n_inner": 96, "attn_pdrop": 0.0, "n_positions": 256, **NO_DROPOUT}),
     "gpt_neo": (
         "GPTNeo",
         {

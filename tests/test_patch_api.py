@@ -181,9 +181,12 @@ def test_classes_load_patched_models(base, tmp_path):
 @pytest.mark.parametrize(
     ("model_class", "config", "named"),
     [
-        ("GPTJForCausalLM", {"n_embd": 32, "n_head": 4, "n_layer": 1, "rotary_dim": 4}, "GPTJAttention"),
+        (
+            "RoFormerForMaskedLM",
+            {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 32},
+            "RoFormerSelfAttention",
+        ),
         ("XGLMForCausalLM", {"d_model": 32, "ffn_dim": 32, "num_layers": 1, "attention_heads": 4}, "XGLMAttention"),
-        ("CodeGenForCausalLM", {"n_embd": 32, "n_head": 4, "n_layer": 1, "rotary_dim": 4}, "CodeGenAttention"),
         (
             "MPNetForMaskedLM",
             {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 32},
@@ -195,11 +198,6 @@ def test_families_with_their_own_attention_are_refused_by_name(model_class, conf
     cls = getattr(transformers, model_class)
     model = build(cls, cls.config_class(vocab_size=97, **config))
     before = everything(model)
-    if "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(inspect.getmodule(cls)):  # GPT-J and CodeGen from 5.24 on
-        mask = padding("left")
-        expected = run(model, mask)[mask == 1]
-        torch.testing.assert_close(run(patch_model(model), mask)[mask == 1], expected, rtol=0, atol=1e-5)
-        return
     with pytest.raises(NotImplementedError, match=named):
         patch_model(model)
     assert everything(model) == before
@@ -241,10 +239,15 @@ def test_bad_arguments():
     assert not patch_report(model).patched
 
 
-def test_attention_weights_are_an_error_not_an_empty_tuple():
-    model = patch_model(causal_model("llama"))
+@pytest.mark.parametrize("family", ["llama", "gpt2", *ADAPTED])
+def test_attention_weights_are_an_error_not_an_empty_tuple(family):
+    model = patch_model(causal_model(family))
     with pytest.raises(NotImplementedError, match="output_attentions"):
         model(tokens(), output_attentions=True)
+
+
+def test_attention_weights_of_encoders_and_configs():
+    model = patch_model(causal_model("llama"))
     bert = patch_model(build(transformers.BertForMaskedLM, transformers.BertConfig(**SMALL)))
     with pytest.raises(NotImplementedError, match="output_attentions"):
         bert(tokens(), output_attentions=True)

@@ -6,7 +6,11 @@ An adapter changes ``module.__class__`` alone: weights, attributes and state-dic
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
+
+from torch import nn
+from transformers import PreTrainedModel
 
 ADAPTED: dict[tuple[str, str], str] = {
     ("transformers.models.bloom.modeling_bloom", "BloomAttention"): "bloom",
@@ -14,10 +18,26 @@ ADAPTED: dict[tuple[str, str], str] = {
     ("transformers.models.falcon.modeling_falcon", "FalconAttention"): "falcon",
     ("transformers.models.falcon.modeling_falcon", "FalconModel"): "falcon",
     ("transformers.models.gpt_neo.modeling_gpt_neo", "GPTNeoSelfAttention"): "gpt_neo",
+    ("transformers.models.gptj.modeling_gptj", "GPTJAttention"): "gptj",
+    ("transformers.models.codegen.modeling_codegen", "CodeGenAttention"): "gptj",
 }
 
 
+def uses_interface(cls: type) -> bool:
+    """Whether a module class fetches its attention function from transformers' registry, read from its bytecode."""
+    for base in cls.__mro__:
+        if base is nn.Module or base is PreTrainedModel:
+            break
+        for member in vars(base).values():
+            code = getattr(inspect.unwrap(member), "__code__", None) if callable(member) else None
+            if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
+                return True
+    return False
+
+
 def adapter_of(cls: type) -> type | None:
-    """The class that replaces ``cls`` in a patched model; None if it has no adapter."""
+    """The class that replaces ``cls`` in a patched model; None if it has no adapter, or needs none in this version."""
     found = ADAPTED.get((cls.__module__, cls.__name__))
-    return None if found is None else getattr(import_module(f".{found}", __name__), "Mc" + cls.__name__)
+    if found is None or uses_interface(cls):
+        return None
+    return getattr(import_module(f".{found}", __name__), "Mc" + cls.__name__)

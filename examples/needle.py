@@ -7,7 +7,6 @@ Sentences with random numbers for different names are spread over filler text, e
 all of it was read, each number is asked for, starting from the same working context:
 
 - exact: the blocks of the needle are expanded by hand, which is the ceiling of this model and prompt;
-- random, gist_mass, recall: after ``--rounds`` refocuses by that lens, which sees only the question.
 - random, gist_mass, recall, ...: after ``--rounds`` refocuses by that lens, which sees only the question.
 
 A number counts as found if greedy decoding gives every digit. Prints a table and draws ``--plot``.

@@ -88,11 +88,14 @@ def mc_attention(
         query = query.expand(key.shape[0], -1, -1, -1)
     q_length, kv_length = query.shape[2], key.shape[2]
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+    if s_aux is not None and s_aux.dtype not in (query.dtype, torch.float32):
+        s_aux = s_aux.float()
     slots = getattr(key, "slots", None)  # keys of a MegaContextCache know what may be seen: they are in no order
-    if slots is not None and hasattr(slots, "attend"):  # keys that are only a part of what is seen
+    if slots is not None and hasattr(slots, "attend"):  # keys of several sessions, or only a part of what is seen
         given = {"position_bias": position_bias, "indices": indices, "cu_seq_lens_q": cu_seq_lens_q}
-        if any(x is not None for x in given.values()):
-            raise NotImplementedError(f"{', '.join(n for n, x in given.items() if x is not None)}: not over a prefix")
+        refused = [name for name, x in given.items() if x is not None]
+        if refused:
+            raise NotImplementedError(f"{', '.join(refused)}: not over a session's keys")
         options_here = {"softcap": softcap, "sinks": s_aux, "scale": scaling, "dropout_p": dropout}
         return slots.attend(query, key, value, attention_mask, **options_here).transpose(1, 2).contiguous(), None
     if slots is None:
@@ -113,13 +116,13 @@ def mc_attention(
         visible["key_ranges"] = _ranges_of_sequences(cu_seq_lens_q, cu_k, q_length, visible.pop("causal"))
     elif options.packing == "position_ids" and slots is None:
         visible["key_ranges"] = _ranges_of_positions(position_ids, visible, query.shape[0], q_length, kv_length)
-    if s_aux is not None and s_aux.dtype not in (query.dtype, torch.float32):
-        s_aux = s_aux.float()
     try:
         out = flash_attention(
             query, key, value, bias=bias, softcap=softcap, sinks=s_aux, scale=scaling, dropout_p=dropout, **visible
         )
     except NotImplementedError as reason:
+        if slots is not None:
+            raise  # sdpa knows neither gists' weights nor slots
         if options.fallback != "sdpa":
             raise NotImplementedError(
                 f'{reason} (or patch_model(..., fallback="sdpa") to run such calls on torch\'s sdpa)'

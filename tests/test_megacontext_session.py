@@ -455,3 +455,19 @@ def test_a_budget_that_cannot_hold_the_history_says_so() -> None:
     with pytest.raises(BudgetError):
         session.ingest(history(400))
     session.check_invariants()
+
+
+def test_sdpa_never_stands_in_for_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take gists for keys that are not there."""
+    from hf_flash_mc import patch_model
+    from hf_flash_mc.patches import attention
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise NotImplementedError("no kernel")
+
+    model = attach_megacontext(patch_model(causal_model("llama"), fallback="sdpa"), CONFIG)
+    session = model.megacontext.session()
+    monkeypatch.setattr(attention, "flash_attention", refuse)
+    with pytest.raises(NotImplementedError, match="no kernel"):
+        session.ingest(history(9))
+    assert len(session) == 0

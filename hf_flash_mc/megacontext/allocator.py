@@ -130,12 +130,18 @@ class FocusAllocator:
         return edits, self._remember(state, edits, state.iteration + 1)
 
     def make_room(
-        self, wc: WorkingContext, scores: np.ndarray | Tensor | None, need: int, state: AllocatorState
+        self,
+        wc: WorkingContext,
+        scores: np.ndarray | Tensor | None,
+        need: int,
+        state: AllocatorState,
+        upto: int | None = None,
     ) -> tuple[Edits, AllocatorState]:
         """Collapses after which ``need`` more tokens fit, lowest scores first, coarser levels as needed.
 
         No threshold; what cools down is collapsed last. ``recent_tokens`` is counted from the end that the history has
-        after them. Without scores: finest level first, oldest first. BudgetError where even that does not free enough.
+        after them; tokens from number ``upto`` on stay as they are. Without scores: finest level first, oldest first.
+        BudgetError where even that does not free enough.
         """
         if need < 0:
             raise ValueError(f"need: expected a number of tokens, got {need}")
@@ -143,7 +149,8 @@ class FocusAllocator:
         slots = _Slots(wc.start, wc.lod, score)
         target, block = self.config.w_max - need, self.config.block_size
         while len(slots.start) > target:  # a round for each level, at most a few
-            groups = self._groups(slots, wc.total + need - self.config.recent_tokens)
+            recent = wc.total + need - self.config.recent_tokens
+            groups = self._groups(slots, recent if upto is None else min(recent, upto))
             if not len(groups.first):
                 raise BudgetError(
                     f"need: expected at most {max(0, self.config.w_max - len(slots.start))} tokens ({len(slots.start)} "

@@ -62,6 +62,12 @@ class MegaContext(nn.Module, ModelHubMixin):
 
         return MegaContextSession(self, folder, **options)
 
+    def generate(self, sessions: Any, input_ids: Any = None, **options: Any) -> list[Tensor]:
+        """Continue several sessions at once, the new token ids [1, n] of each; see `megacontext.batch.generate`."""
+        from .batch import generate
+
+        return generate(self, sessions, input_ids, **options)
+
     def recall_heads(self) -> list[tuple[int, int]]:
         """(layer, query head) of the heads that a `RecallIndex` keeps; found once, with a forward of random tokens."""
         if self._recall_heads is None:

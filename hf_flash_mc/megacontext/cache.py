@@ -53,11 +53,7 @@ class SlotLayer(CacheLayerMixin):
         Several new tokens stand in the last columns, in order: aligned at the bottom right, causal is exact. One token
         may stand anywhere and sees every slot.
         """
-        if attention_mask is not None and attention_mask.shape[-1] != 2:
-            raise NotImplementedError(
-                "attention_mask: a MegaContextCache takes no padding and no mask of its user; run the model through "
-                "the session, one history at a time"
-            )
+        refuse_masks(attention_mask)
         cache = self.cache
         cache.reached += 1
         cache.keep_queries(self.index, query)
@@ -80,6 +76,24 @@ class SlotLayer(CacheLayerMixin):
 
     def get_max_cache_shape(self) -> int:  # its name up to transformers 5.17
         return self.cache.capacity
+
+
+def refuse_masks(attention_mask: Tensor | None) -> None:
+    """NotImplementedError where a user's mask came: only the session's own stand-in for one is let through."""
+    if attention_mask is not None and attention_mask.shape[-1] != 2:
+        raise NotImplementedError(
+            "attention_mask: a MegaContextCache takes no padding and no mask of its user; run the model through "
+            "the session"
+        )
+
+
+def check_reached(reached: int, layers: int) -> None:
+    """RuntimeError if some layer's attention went another way than ours."""
+    if reached != layers:
+        raise RuntimeError(
+            f"{reached} of {layers} layers asked the MegaContextCache what they may see: this model "
+            "replaces keys between cache and attention, and would have ignored gists' weights. Please report it"
+        )
 
 
 class MegaContextCache(Cache):
@@ -136,6 +150,14 @@ class MegaContextCache(Cache):
         One goes into a free column; several need ``count`` columns at the end (call `compact` before, where
         `needs_compaction`). The slots, int64 [count].
         """
+        slots = self.reserve(tokens)
+        first, last = self.columns
+        self.log_weight[:, :, first:last] = 0.0
+        self.token[first:last] = torch.from_numpy(np.array(tokens, np.int64)).to(self.device)
+        return slots
+
+    def reserve(self, tokens: np.ndarray) -> np.ndarray:
+        """`open` without the tensors on the device, for who writes those of several caches at once."""
         count = len(tokens)
         if count == 1 and self._holes:
             first = self._holes.pop()
@@ -148,8 +170,6 @@ class MegaContextCache(Cache):
             self.end += count
         self.columns = (first, first + count)
         self.live[first : first + count] = True
-        self.log_weight[:, :, first : first + count] = 0.0
-        self.token[first : first + count] = torch.from_numpy(np.array(tokens, np.int64)).to(self.device)
         self.tokens_seen, self.reached = int(tokens[-1]) + 1, 0
         self.plain = not self._holes and not self.gist[: self.end].any()
         self._masks.clear()
@@ -157,15 +177,26 @@ class MegaContextCache(Cache):
 
     def close(self, count: int) -> None:
         """After a forward: the queries of its rows count; RuntimeError if some layer's attention went another way."""
-        if self.reached != len(self.layers):
-            raise RuntimeError(
-                f"{self.reached} of {len(self.layers)} layers asked the MegaContextCache what they may see: this model "
-                "replaces keys between cache and attention, and would have ignored gists' weights. Please report it"
-            )
+        check_reached(self.reached, len(self.layers))
+        self.count_queries(count)
+
+    def count_queries(self, count: int) -> None:
+        """The queries of ``count`` more rows were kept."""
         kept = min(count, self.observe)
         if kept:
             self._query_at = kept % self.observe if count >= self.observe else (self._query_at + kept) % self.observe
             self._query_count = min(self._query_count + kept, self.observe)
+
+    def adopt(self, kv: Tensor, log_weight: Tensor, token: Tensor, queries: Tensor) -> None:
+        """Go on in these tensors, of the same shapes, as they are at once filled with what the cache holds."""
+        for name, new in {"kv": kv, "log_weight": log_weight, "token": token, "queries": queries}.items():
+            new.copy_(getattr(self, name))
+            setattr(self, name, new)
+
+    @property
+    def query_at(self) -> int:
+        """The row of `queries` that the next query goes to."""
+        return self._query_at
 
     def needs_compaction(self, count: int) -> bool:
         return count > 1 and self.end + count > self.capacity

@@ -56,42 +56,96 @@ def generate(
         NotImplementedError: beams, several sequences, assistants. ValueError: unknown settings, ids outside the
             vocabulary, an empty history.
     """
-    config, limit = _settings(session, generation_config, options, input_ids)
-    if input_ids is not None:
-        prompt = session._checked_ids(input_ids)
-        session._check_range(len(prompt) + limit)
-        session.ingest(prompt)
-    else:
-        prompt = torch.empty(0, dtype=torch.int64)
-        session._check_range(limit)
-    if refocus and (session.working_context.lod > 0).any():
-        session.refocus()
-    logits = session.next_logits()
-    device, model = logits.device, session.model
-    seen = session.tokens(-session.config.w_max)[None].to(device)
-    start = seen.shape[1]
-    config.max_length = start + limit
-    model._prepare_special_tokens(config, True, device=device)
-    processors = model._get_logits_processor(
-        generation_config=config, input_ids_seq_length=start, logits_processor=logits_processor, device=device
+    run = Continuation(
+        session,
+        input_ids,
+        generation_config=generation_config,
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        streamer=streamer,
+        tokenizer=tokenizer,
+        refocus=refocus,
+        **options,
     )
-    config.max_length = None  # counted here; transformers' criterion would warn of the model's range
-    criteria = model._get_stopping_criteria(config, stopping_criteria or StoppingCriteriaList(), tokenizer=tokenizer)
-    if streamer is not None:
-        streamer.put(prompt)
-    for _ in range(limit):
-        scores = processors(seen, logits[None].float())
-        token = torch.multinomial(scores.softmax(-1), 1)[:, 0] if config.do_sample else scores.argmax(-1)  # [1]
-        seen = torch.cat((seen, token[:, None]), 1)
-        if streamer is not None:
-            streamer.put(token.cpu())
-        session.step(token.cpu(), refocus)
-        logits = session.next_logits()
-        if bool(criteria(seen, None).all()):
-            break
-    if streamer is not None:
-        streamer.end()
-    return seen[:, start:]
+    session.ingest(run.prompt)
+    run.begin()
+    while not run.done:
+        session.step(run.choose().cpu(), refocus)
+        run.check()
+    return run.end()
+
+
+class Continuation:
+    """One history being continued: what transformers' ``generate`` keeps of a sequence. Arguments as `generate`'s.
+
+    Attributes:
+        prompt: token ids [n] to be read before `begin`. done: nothing more is to come.
+    """
+
+    def __init__(
+        self,
+        session: MegaContextSession,
+        input_ids: Any,
+        *,
+        generation_config: Any = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        streamer: Any = None,
+        tokenizer: Any = None,
+        refocus: bool = True,
+        **options: Any,
+    ) -> None:
+        self.session, self.streamer, self.tokenizer, self.refocus = session, streamer, tokenizer, refocus
+        self.config, self.limit = _settings(session, generation_config, options, input_ids)
+        self._processors, self._criteria = logits_processor, stopping_criteria or StoppingCriteriaList()
+        nothing = torch.empty(0, dtype=torch.int64)
+        self.prompt = nothing if input_ids is None else session._checked_ids(input_ids)
+        session._check_range(len(self.prompt) + self.limit)
+        if not len(self.prompt) and not len(session):
+            raise ValueError("input_ids: the history is empty, so there is nothing to continue; expected some ids")
+
+    def begin(self) -> None:
+        """The prompt has been read: refocus, and make ready to choose."""
+        session, config = self.session, self.config
+        if self.refocus and (session.working_context.lod > 0).any():
+            session.refocus()
+        device, model = session.next_logits().device, session.model
+        self.seen = session.tokens(-session.config.w_max)[None].to(device)
+        self.start = self.seen.shape[1]
+        config.max_length = self.start + self.limit
+        model._prepare_special_tokens(config, True, device=device)
+        self._processors = model._get_logits_processor(
+            generation_config=config,
+            input_ids_seq_length=self.start,
+            logits_processor=self._processors,
+            device=device,
+        )
+        config.max_length = None  # counted here; transformers' criterion would warn of the model's range
+        self._criteria = model._get_stopping_criteria(config, self._criteria, tokenizer=self.tokenizer)
+        if self.streamer is not None:
+            self.streamer.put(self.prompt)
+        self.done = self.limit == 0
+
+    def choose(self) -> Tensor:
+        """The next token, [1]."""
+        scores = self._processors(self.seen, self.session.next_logits()[None].float())
+        drawn = self.config.do_sample
+        token = torch.multinomial(scores.softmax(-1), 1)[:, 0] if drawn else scores.argmax(-1)  # [1]
+        self.seen = torch.cat((self.seen, token[:, None]), 1)
+        if self.streamer is not None:
+            self.streamer.put(token.cpu())
+        return token
+
+    def check(self) -> None:
+        """After the token was read: see whether it was the last."""
+        full = self.seen.shape[1] - self.start >= self.limit
+        self.done = full or bool(self._criteria(self.seen, None).all())
+
+    def end(self) -> Tensor:
+        """The new token ids, [1, n]."""
+        if self.streamer is not None:
+            self.streamer.end()
+        return self.seen[:, self.start :]
 
 
 def _settings(session: MegaContextSession, given: Any, options: dict[str, Any], input_ids: Any) -> tuple[Any, int]:

@@ -145,7 +145,8 @@ class Focus:
             try:
                 with self.stats.time("allocate"):
                     # its state would keep what had to go from coming back for a while: the next refocus knows better
-                    edits, _ = self.allocator.make_room(wc, scores, need, self.allocation)
+                    # the last token stays one, however many come: it may have to be run again before they do
+                    edits, _ = self.allocator.make_room(wc, scores, need, self.allocation, wc.total - 1)
             except BudgetError:
                 if need == 1:
                     raise

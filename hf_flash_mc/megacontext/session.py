@@ -60,6 +60,11 @@ class MegaContextSession(Focus):
             raise ValueError(f"chunk_size: expected an int of at least 1, got {chunk_size!r}")
         if not isinstance(observe, int) or observe < 0:
             raise ValueError(f"observe: expected an int of at least 0, got {observe!r}")
+        if addon.config.recent_tokens < 2:
+            raise ValueError(
+                f"recent_tokens: a session needs at least 2, got {addon.config.recent_tokens}: the last tokens are run "
+                "again when what they see was edited; set it in the MegaContextConfig"
+            )
         self.addon, self.model, self.config = addon, addon.base, addon.config
         self.chunk_size = chunk_size
         self.folder = None if folder is None else Path(folder)
@@ -152,10 +157,7 @@ class MegaContextSession(Focus):
             if return_logits:
                 collected.append(logits.cpu())
             done += count
-            if self.folder is not None:  # what is on disk survives a crash; in memory it would be a copy for nothing
-                self._commit(len(self) - max(self.config.recent_tokens, self.chunk_size))
-            self.stats.ingested += count
-            self._since_refocus += count
+            self.ingested(count)
             if refocus and self._since_refocus >= self.config.refocus_interval and not last:
                 self._refocus_once()
             if bar is not None:
@@ -163,6 +165,13 @@ class MegaContextSession(Focus):
         if bar is not None:
             bar.close()
         return torch.cat(collected) if return_logits and collected else None
+
+    def ingested(self, count: int) -> None:
+        """``count`` tokens of a text were read."""
+        if self.folder is not None:  # what is on disk survives a crash; in memory it would be a copy for nothing
+            self._commit(len(self) - max(self.config.recent_tokens, self.chunk_size))
+        self.stats.ingested += count
+        self._since_refocus += count
 
     def generate(self, input_ids: Any = None, **options: Any) -> Tensor:
         """Continue the history; see `hf_flash_mc.megacontext.decode.generate`. The new token ids [1, n]."""
@@ -225,12 +234,20 @@ class MegaContextSession(Focus):
     @torch.no_grad()
     def step(self, token: Tensor, refocus: bool = True) -> None:
         """One more token [1] at the end of the history; makes room and refocuses when it is time."""
+        self.before_step(refocus)
+        self._forward(token, keep=1)
+        self.stepped()
+
+    def before_step(self, refocus: bool) -> None:
+        """Refocus if it is time, and see that one more token fits."""
         interval = self.config.refocus_interval
         if refocus and self._since_refocus >= interval and (self.working_context.lod > 0).any():
             self._refocus_once()
         if len(self.working_context) >= self.config.w_max:
             self.make_room(interval)
-        self._forward(token, keep=1)
+
+    def stepped(self) -> None:
+        """One token was generated."""
         self.stats.generated += 1
         self._since_refocus += 1
 
@@ -295,42 +312,61 @@ class MegaContextSession(Focus):
 
     def _forward(self, ids: Tensor, keep: int) -> Tensor:
         """Run new tokens [n] on the CPU over the working context; logits of the last ``keep``, [keep, V]."""
-        count, memory = len(ids), self.memory
+        positions, tokens = self.places_for(len(ids))
+        slots, logits = self._run({"input_ids": ids[None].to(self.device)}, positions, tokens, max(keep, 1))
+        self.took(ids, slots, logits[-1] if keep else None)
+        return logits[len(logits) - keep :]
+
+    def places_for(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Make columns and positions ready for ``count`` new tokens: their positions, and numbers in the history."""
+        memory = self.memory
         if not memory.numbering.fits(count):
             memory.renumber(self.working_context, count)
             self.stats.renumberings += 1
         if self.cache.needs_compaction(count):
             memory.slots = self.cache.compact()[memory.slots]
-        positions = np.arange(memory.numbering.next, memory.numbering.next + count)
-        tokens = np.arange(len(self), len(self) + count)
-        slots, logits = self._run({"input_ids": ids[None].to(self.device)}, positions, tokens, max(keep, 1))
-        self.working_context.append(count)
-        memory.numbering.append(count)
+        first = memory.numbering.next
+        return np.arange(first, first + count), np.arange(len(self), len(self) + count)
+
+    def took(self, ids: Tensor, slots: np.ndarray, logits: Tensor | None) -> None:
+        """New tokens [n] were run into columns ``slots`` [n]; logits [V]: what follows them."""
+        memory = self.memory
+        self.working_context.append(len(ids))
+        memory.numbering.append(len(ids))
         memory.slots = np.concatenate((memory.slots, slots))
         memory.tail = torch.cat((memory.tail, ids))
-        self._logits = logits[-1] if keep else None
-        return logits[len(logits) - keep :]
+        self._logits = logits
+
+    def check_runs(self) -> None:
+        """RuntimeError where the model's attention is not ours now."""
+        if not self.addon.enabled or self.model.config._attn_implementation != KEY:
+            raise RuntimeError(
+                "the model does not run mc_attention now (inside disable(), or unpatched): gists would be ignored"
+            )
+
+    def call_arguments(self, cache: Any, positions: np.ndarray) -> dict[str, Any]:
+        """What the model's forward is given beside tokens; positions: of a row of tokens, int64 [n]."""
+        return {
+            "position_ids": torch.from_numpy(positions)[None].to(self.device),
+            # four dimensions: passed on as it is; the cache says what is seen (cache.py)
+            "attention_mask": torch.zeros(1, 1, len(positions), 2, dtype=torch.int32, device=self.device),
+            "use_cache": True,
+            self._cache_argument: cache,
+        }
 
     def _run(
         self, inputs: dict[str, Tensor], positions: np.ndarray, tokens: np.ndarray, keep: int
     ) -> tuple[np.ndarray, Tensor]:
         """Run new slots, which stand for ``tokens`` [n], at ``positions`` [n]; their columns, and logits [keep, V]."""
-        if not self.addon.enabled or self.model.config._attn_implementation != KEY:
-            raise RuntimeError(
-                "the model does not run mc_attention now (inside disable(), or unpatched): gists would be ignored"
-            )
-        count, cache, device = len(tokens), self.cache, self.device
+        self.check_runs()
+        count, cache = len(tokens), self.cache
         slots = cache.open(tokens)
         try:
             with self.stats.time("forward"), torch.no_grad():
                 out = self.model(
                     **inputs,
-                    position_ids=torch.from_numpy(positions)[None].to(device),
-                    # four dimensions: passed on as it is; the cache says what is seen (cache.py)
-                    attention_mask=torch.zeros(1, 1, count, 2, dtype=torch.int32, device=device),
-                    use_cache=True,
+                    **self.call_arguments(cache, positions),
                     logits_to_keep=keep,
-                    **{self._cache_argument: cache},
                 )
             cache.close(count)
         except BaseException:
@@ -382,6 +418,8 @@ class MegaContextSession(Focus):
 
     def _checked_ids(self, input_ids: Any) -> Tensor:
         ids = torch.as_tensor(input_ids)
+        if not ids.numel():
+            ids = ids.to(torch.int64)  # an empty list is taken for floats
         if ids.dim() == 2 and ids.shape[0] > 1:
             raise NotImplementedError(
                 f"input_ids: {ids.shape[0]} histories in one batch; a session is one history: open a session for each"

@@ -35,7 +35,7 @@ def plot_session(session: MegaContextSession, path: str | Path | None = None) ->
             _joined(bars) if lod == 0 else bars, (lod, 0.8), color=_colour(lod), label=label, lw=0.2, ec="w"
         )
     levels.set_yticks(np.arange(session.config.max_lod + 1) + 0.4, range(session.config.max_lod + 1))
-    levels.set_ylabel("level of detail")
+    levels.set(ylabel="level of detail", ylim=(-0.2, session.config.max_lod + 1.8))  # the legend stands above the levels
     levels.set_title(f"{wc.total} tokens in {len(wc)} of {session.config.w_max} slots")
     levels.legend(loc="upper left", ncols=session.config.max_lod + 1, fontsize="small")
     start, lods, scores = session.last_scores
@@ -44,10 +44,10 @@ def plot_session(session: MegaContextSession, path: str | Path | None = None) ->
     marks.set(ylabel="last scores", ylim=(-1.05, 1.05))
     for kind, colour, label in ((1, "#1b7837", "expanded"), (-1, "#762a83", "collapsed")):
         chosen = np.array([edit for edit in session.stats.edits if edit[1] == kind], np.int64).reshape(-1, 4)
-        width, height = session.config.block_size ** chosen[:, 3], max(wc.total / 150, 1)
+        width, height = session.config.block_size ** chosen[:, 3], max(wc.total / 80, 1)
         edits.barh(chosen[:, 0], width, left=chosen[:, 2], height=height, color=colour, label=f"{label}: {len(chosen)}")
     edits.plot([0, wc.total], [0, wc.total], color="0.8", lw=0.8, zorder=0)
-    edits.legend(loc="upper left", fontsize="small")
+    edits.legend(loc="lower right", fontsize="small")  # no edit is of text that was not read yet
     edits.set_ylabel("tokens read at the edit")
     edits.set_xlabel("token of the history")
     if path is not None:

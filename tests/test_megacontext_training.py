@@ -90,7 +90,7 @@ def test_what_would_never_learn_is_named() -> None:
         training.check_learning(head, optimizer, model)
     training.check_learning(head[0], optimizer, model)
     model.lm_head.weight.requires_grad_(True)
-    with pytest.raises(RuntimeError, match="lm_head.weight of the base model is not frozen"):
+    with pytest.raises(RuntimeError, match=r"lm_head\.weight of the base model is not frozen"):
         training.check_learning(head[0], optimizer, model)
 
 

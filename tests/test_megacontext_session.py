@@ -471,3 +471,19 @@ def test_sdpa_never_stands_in_for_slots(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(NotImplementedError, match="no kernel"):
         session.ingest(history(9))
     assert len(session) == 0
+
+
+def test_nothing_to_read_is_no_error_and_the_last_token_stays() -> None:
+    session = attached(config=dataclasses.replace(CONFIG, w_max=64)).megacontext.session(chunk_size=16)
+    for nothing in ([], [[]], torch.empty(1, 0, dtype=torch.int64)):
+        session.ingest(nothing)
+    assert len(session) == 0
+    with pytest.raises(ValueError, match="history is empty"):
+        session.generate([], max_new_tokens=1)
+    session.ingest(history(64)[0].to(torch.int32))
+    session.make_room(16)  # more than recent_tokens: everything old enough after them may go, but not the last token
+    session.apply(edits((-1, 4, 1)) if session.working_context.lod[4] == 0 else edits((1, 4, 1)))
+    assert session.next_logits().isfinite().all()
+    session.check_invariants()
+    with pytest.raises(ValueError, match="recent_tokens"):
+        attached(config=dataclasses.replace(CONFIG, recent_tokens=1)).megacontext.session()

@@ -35,7 +35,7 @@ def plot_session(session: MegaContextSession, path: str | Path | None = None) ->
             _joined(bars) if lod == 0 else bars, (lod, 0.8), color=_colour(lod), label=label, lw=0.2, ec="w"
         )
     levels.set_yticks(np.arange(session.config.max_lod + 1) + 0.4, range(session.config.max_lod + 1))
-    levels.set(ylabel="level of detail", ylim=(-0.2, session.config.max_lod + 1.8))  # the legend stands above the levels
+    levels.set(ylabel="level of detail", ylim=(-0.2, session.config.max_lod + 1.8))  # room for the legend on top
     levels.set_title(f"{wc.total} tokens in {len(wc)} of {session.config.w_max} slots")
     levels.legend(loc="upper left", ncols=session.config.max_lod + 1, fontsize="small")
     start, lods, scores = session.last_scores

@@ -487,3 +487,11 @@ def test_nothing_to_read_is_no_error_and_the_last_token_stays() -> None:
     session.check_invariants()
     with pytest.raises(ValueError, match="recent_tokens"):
         attached(config=dataclasses.replace(CONFIG, recent_tokens=1)).megacontext.session()
+
+
+def test_reading_by_single_chunks_refocuses_too() -> None:
+    session = attached(config=dataclasses.replace(CONFIG, w_max=64)).megacontext.session(chunk_size=16)
+    for part in history(160)[0].split(16):
+        session.ingest(part, refocus=True)
+    assert session.stats.refocuses == 9
+    session.check_invariants()

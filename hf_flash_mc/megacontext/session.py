@@ -138,7 +138,7 @@ class MegaContextSession(Focus):
         Args:
             input_ids: token ids ``[n]`` or ``[1, n]``, or a list.
             return_logits: return the model's logits after each token, ``[n, V]`` on the CPU.
-            refocus: also refocus after every ``refocus_interval`` tokens or chunk, whichever is longer.
+            refocus: also refocus before a chunk, ``refocus_interval`` tokens after the last time or later.
             progress: show a bar.
 
         Raises:
@@ -151,6 +151,8 @@ class MegaContextSession(Focus):
         bar = _progress_bar(len(ids)) if progress else None
         done = 0
         while done < len(ids):
+            if refocus and self._since_refocus >= self.config.refocus_interval:  # of what earlier calls read, too
+                self._refocus_once()
             count = self.make_room(min(self.chunk_size, len(ids) - done))
             last = done + count == len(ids)
             logits = self._forward(ids[done : done + count], keep=count if return_logits else int(last))
@@ -158,8 +160,6 @@ class MegaContextSession(Focus):
                 collected.append(logits.cpu())
             done += count
             self.ingested(count)
-            if refocus and self._since_refocus >= self.config.refocus_interval and not last:
-                self._refocus_once()
             if bar is not None:
                 bar.update(count)
         if bar is not None:

@@ -23,11 +23,12 @@ if TYPE_CHECKING:
         ulysses_attention,
         unshard_sequence,
     )
-    from hf_flash_mc.patches import patch_model, patch_report, patched, unpatch_model
+    from hf_flash_mc.patches import ContextParallel, patch_model, patch_report, patched, shard_batch, unpatch_model
 
 _SUBPACKAGES = ("cli", "megacontext", "ops", "patches")
 
 __all__ = [
+    "ContextParallel",
     "MegaContextConfig",
     "attach_megacontext",
     "detach_megacontext",
@@ -40,6 +41,7 @@ __all__ = [
     "patch_report",
     "patched",
     "ring_attention",
+    "shard_batch",
     "shard_sequence",
     "ulysses_attention",
     "unpatch_model",
@@ -52,7 +54,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "patches" if "patch" in name else "megacontext" if "mega" in name.lower() else "ops"
+    of_ops = name.endswith(("attention", "_varlen", "_sequence"))
+    home = "ops" if of_ops else "megacontext" if "mega" in name.lower() else "patches"
     return getattr(import_module(f"{__name__}.{home}"), name)
 
 

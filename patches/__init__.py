@@ -7,5 +7,14 @@ if not __name__.startswith("hf_flash_mc."):
     )
 
 from .api import PatchReport, patch_model, patch_report, patched, unpatch_model
+from .context_parallel import ContextParallel, shard_batch
 
-__all__ = ["PatchReport", "patch_model", "patch_report", "patched", "unpatch_model"]
+__all__ = [
+    "ContextParallel",
+    "PatchReport",
+    "patch_model",
+    "patch_report",
+    "patched",
+    "shard_batch",
+    "unpatch_model",
+]

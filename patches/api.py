@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from .attention import KEY, ModuleRecord, Options, refuse_weights, register
+from .context_parallel import add_hooks, check_spreadable, read_context_parallel
 from .models import ADAPTED, adapter_of, uses_interface
 from .support import DENSE_MASKS, HARMLESS_CLASSES, REFUSED
 
@@ -94,6 +95,8 @@ def patch_model(
     ``fallback``: what happens to a call that the ops cannot express: "error" raises, "sdpa" runs transformers' sdpa
     with an equivalent mask and counts it in the report. ``packing="position_ids"``: documents packed into a row are
     kept apart by their restarting position ids even where a mask or a cache is given, which transformers ignores.
+    ``context_parallel``: a 1-D DeviceMesh, a process group or a ``ContextParallel``: for training with the sequence
+    spread over these ranks by ring attention (or Ulysses); ``shard_batch`` cuts batches.
 
     Nothing global changes except that the key "mc_attention" is registered. The model gets copies of its config
     objects, so that another model built from the same config is left alone. Patching twice with the
@@ -111,8 +114,10 @@ def patch_model(
             "continuous_batching=True: not in this version; generate_batch runs on the unpatched model"
         )
     if context_parallel is not None:
-        raise NotImplementedError(f"context_parallel: not in this version, expected None, got {context_parallel!r}")
-    options = Options(fallback, packing)
+        context_parallel = read_context_parallel(context_parallel)
+        if fallback == "sdpa":
+            raise NotImplementedError('fallback="sdpa", context_parallel: sdpa sees no other rank\'s keys')
+    options = Options(fallback, packing, context_parallel)
     register()
     if isinstance(model, type):
         return _patched_class(model, options)
@@ -191,7 +196,8 @@ def patch_report(model: nn.Module) -> PatchReport:
     return PatchReport(
         model=type(root).__name__,
         patched=True,
-        options={"fallback": state.options.fallback, "packing": state.options.packing},
+        options={"fallback": state.options.fallback, "packing": state.options.packing}
+        | ({"context_parallel": state.options.context_parallel} if state.options.context_parallel else {}),
         calls={r.name: r.calls for r in records},
         compiled=tuple(r.name for r in records if _stack(r.name) in traced),
         skipped=dict(state.skipped),
@@ -227,6 +233,8 @@ def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
     targets = {id(m.config) for m in attention.values() if isinstance(getattr(m, "config", None), PreTrainedConfig)}
     targets.add(id(root.config))  # masks are made with it where parts share it, and it is where users look
     skipped = _check_family(root, attention, targets)
+    if options.context_parallel is not None:
+        check_spreadable(root)
     configs = _collect_configs([model, root])
     asked = [type(c).__name__ for c in configs if id(c) in targets and getattr(c, "output_attentions", False)]
     if asked:
@@ -256,6 +264,8 @@ def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
         state.records.append((module, module._mc_record))
     for module, adapter in adapted:
         module.__class__ = adapter
+    if options.context_parallel is not None:
+        state.hooks += add_hooks(root, options.context_parallel, options.packing)
     vars(root)["_mc_state"] = state
 
 

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from hf_flash_mc.ops import flash_attention
 
+from .context_parallel import ContextParallel, spread_attention
 from .masks import document_bounds, key_range_mask, split_mask
 
 KEY = "mc_attention"  # "flash", "sdpa", "flex" or "/" in the key would change how transformers treats it
@@ -20,7 +21,7 @@ KEY = "mc_attention"  # "flash", "sdpa", "flex" or "/" in the key would change h
 # Tensors that reach every attention function through **kwargs and say nothing that the mask does not say already.
 IGNORED_KWARGS = frozenset({
     "position_ids", "cache_position", "num_items_in_batch", "seq_idx", "position_embeddings", "input_ids", "labels",
-    "encoder_hidden_states", "token_type_ids", "mm_token_type_ids", "logits_to_keep",
+    "encoder_hidden_states", "token_type_ids", "mm_token_type_ids", "logits_to_keep", "shift_labels",
 })  # fmt: skip
 
 
@@ -30,6 +31,7 @@ class Options:
 
     fallback: str = "error"
     packing: str | None = None
+    context_parallel: ContextParallel | None = None
 
 
 @dataclass
@@ -98,6 +100,16 @@ def mc_attention(
             raise NotImplementedError(f"{', '.join(refused)}: not over a session's keys")
         options_here = {"softcap": softcap, "sinks": s_aux, "scale": scaling, "dropout_p": dropout}
         return slots.attend(query, key, value, attention_mask, **options_here).transpose(1, 2).contiguous(), None
+    if s_aux is not None and s_aux.dtype not in (query.dtype, torch.float32):
+        s_aux = s_aux.float()
+    if options.context_parallel is not None:
+        refused = {"position_bias": position_bias, "indices": indices, "cu_seq_lens_q": cu_seq_lens_q, "slots": slots}
+        shared = {"softcap": softcap, "sinks": s_aux, "scale": scaling, "dropout_p": dropout}
+        out = spread_attention(
+            options.context_parallel, options.packing, query, key, value, attention_mask, position_ids, causal,
+            sliding_window, shared, refused,
+        )  # fmt: skip
+        return out.transpose(1, 2).contiguous(), None
     if slots is None:
         visible = _read_mask(attention_mask, q_length, kv_length, causal, sliding_window)
     else:

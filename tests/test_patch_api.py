@@ -221,7 +221,7 @@ def test_bad_arguments():
     model = causal_model("llama")
     with pytest.raises(NotImplementedError, match="continuous_batching"):
         patch_model(model, continuous_batching=True)
-    with pytest.raises(NotImplementedError, match="context_parallel"):
+    with pytest.raises(TypeError, match="group: expected a ProcessGroup"):
         patch_model(model, context_parallel="ring")
     with pytest.raises(ValueError, match="fallback"):
         patch_model(model, fallback="eager")

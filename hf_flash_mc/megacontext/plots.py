@@ -63,10 +63,14 @@ def plot_needles(table: dict[str, list[tuple[int, float, float]]], path: str | P
     axes = figure.subplots()
     for name, rows in table.items():
         tokens, recall, error = (np.array(column) for column in zip(*rows, strict=True))
-        axes.errorbar(tokens, recall, error, marker="o", ls="--" if name == ceiling else "-", label=name, capsize=3)
+        top = name == ceiling  # a larger, hollow mark, so that what reaches it does not hide it
+        style: dict[str, Any] = {"ls": "--", "ms": 11, "mfc": "none"} if top else {"ls": "-", "ms": 6}
+        axes.errorbar(tokens, recall, error, marker="o", label=name, capsize=3, **style)
     axes.set_xscale("log", base=2)
+    lengths = sorted({row[0] for rows in table.values() for row in rows})
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.set(xlabel="tokens of history", ylabel="needles found", ylim=(-0.03, 1.03))
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(path, dpi=120)
     return figure
 
@@ -78,10 +82,13 @@ def plot_soak(rows: list[dict[str, float]], path: str | Path) -> Any:
     figure = Figure(figsize=(8, 6), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)
     tokens = [row["tokens"] for row in rows]
-    for panel, names in zip(panels, (("device_mib", "host_mib"), ("tokens_per_second",), ("swap_rate",)), strict=True):
-        for name in names:
-            panel.plot(tokens, [row[name] for row in rows], label=name)
-        panel.legend(fontsize="small")
+    for name in ("device_mib", "host_mib"):
+        panels[0].plot(tokens, [row[name] for row in rows], label=name.removesuffix("_mib"))
+    panels[0].legend(fontsize="small")
+    for panel, name in zip(panels[1:], ("tokens_per_second", "swap_rate"), strict=True):
+        panel.plot(tokens, [row[name] for row in rows])
+    for panel, label in zip(panels, ("memory, MiB", "tokens per second", "swap rate"), strict=True):
+        panel.set_ylabel(label)
         panel.set_ylim(bottom=0)
     panels[-1].set_xlabel("tokens of history")
     figure.savefig(path, dpi=120)

@@ -83,6 +83,37 @@ def test_summary_tells_a_real_effect_from_noise() -> None:
     assert evaluation.summarise(same)[1]["recency"] > 0.5
 
 
+def test_trained_heads_stand_beside_the_baselines(tmp_path) -> None:
+    import json
+
+    from typer.testing import CliRunner
+
+    from hf_flash_mc.cli.app import app
+
+    model, ids = causal_model("llama"), windows(2, 100 + evaluation.TARGETS)
+    model.save_pretrained(tmp_path / "model")
+    np.save(tmp_path / "ids.npy", ids.numpy())
+    config = MegaContextConfig(block_size=4, max_lod=2, w_max=192, sink_tokens=4, recent_tokens=8, gist={"rank": 2})
+    attach_megacontext(model, config)
+    with torch.no_grad():
+        model.megacontext.gist.beta.fill_(3.0)
+    model.megacontext.save_pretrained(tmp_path / "heads")
+    arguments = ["evaluate", "--model", str(tmp_path / "model"), "--tokens", str(tmp_path / "ids.npy")]
+    arguments += ["--windows", "2", "--context", "100", "--tail", "8", "--block", "4", "--device", "cpu"]
+    arguments += ["--out", str(tmp_path / "out.json"), "--heads", str(tmp_path / "heads")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert {"drop", "gists", "recency", "random", "gist mass", "trained gists"} <= found["rows"][0].keys()
+    assert found["rows"][0]["trained gists"] != found["rows"][0]["gists"]
+    assert "trained gists" in found["table"]
+    assert found["run"]["command"].startswith("hf-flash-mc evaluate --model")
+    arguments[arguments.index("--block") + 1] = "8"
+    wrong = CliRunner().invoke(app, arguments)
+    assert wrong.exit_code == 2
+    assert "heads: expected KV gists of 8 tokens" in wrong.output
+
+
 def test_windows_do_not_overlap() -> None:
     documents = [torch.arange(100), torch.arange(1000, 1035), torch.arange(2000, 2009)]
     found = evaluation.sample_windows(documents, 10, 13)

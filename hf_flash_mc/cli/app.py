@@ -64,6 +64,20 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(run.main(context.args))
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def evaluate(context: typer.Context) -> None:
+    """What gists and lenses of MegaContext cost on next tokens, with every baseline in one table; --help: options."""
+    from hf_flash_mc.megacontext import evaluate as quality
+
+    try:
+        quality.main(context.args)
+    except (ValueError, FileNotFoundError) as error:
+        raise fail("evaluate", error) from None
+
+
 @app.command()
 def tune(
     shapes: Annotated[

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -173,25 +174,32 @@ def evaluate(
     gist: dict[str, Any] | None = None,
     lenses: dict[str, Any] | None = None,
     report: Callable[[int, list[dict[str, list]]], None] | None = None,
+    heads: str | Path | None = None,
 ) -> list[dict[str, list]]:
     """Losses of every window [n, context + 64] in every state; ``report(i, rows)`` after each. The model gets an add-on
-    for the time being."""
+    for the time being; ``heads``: a folder with a trained GistNet, instead of the settings ``gist``."""
     from .attach import detach_megacontext
+    from .io import WEIGHTS, _read_tensors
 
+    held = None if heads is None else heads_config(heads, block)
     config = MegaContextConfig(
         block_size=block,
-        max_lod=1,
+        max_lod=1 if held is None else held.max_lod,
         w_max=max(windows.shape[1] + 64, 4 * block + tail + sink),
         sink_tokens=sink,
         recent_tokens=tail,
         max_edits=expansions,
         tau=0.0,
         cooldown=0,
-        gist=gist or {},
+        gist=(gist or {}) if held is None else held.gist,
     )
     attach_megacontext(model, config)
     rows: list[dict[str, list]] = []
     try:
+        if heads is not None:
+            weights = _read_tensors(Path(heads) / WEIGHTS)
+            own = {n.removeprefix("gist."): x for n, x in weights.items() if n.startswith("gist.")}
+            model.megacontext.gist.load_state_dict(own)
         for i, window in enumerate(windows):
             rows.append(measure_window(model, window, expansions, i, lenses or LENSES))
             if report is not None:
@@ -199,6 +207,27 @@ def evaluate(
     finally:
         detach_megacontext(model)
     return rows
+
+
+def heads_config(folder: str | Path, block: int) -> MegaContextConfig:
+    """The config of saved heads; ValueError where they are not KV gists of ``block`` tokens."""
+    from .io import CONFIG, FORMAT, _read_json
+
+    values = _read_json(Path(folder) / CONFIG, FORMAT)
+    values.pop("format")
+    config = MegaContextConfig.from_dict(values)
+    if config.block_size != block or config.backend != "kv":
+        raise ValueError(
+            f"heads: expected KV gists of {block} tokens (block), got {folder} with {config.backend} gists of "
+            f"{config.block_size}"
+        )
+    return config
+
+
+def with_trained(rows: list[dict[str, list]], trained: list[dict[str, list]]) -> list[dict[str, list]]:
+    """Both in one table: states of trained gists carry "trained " before their names, where gists are in them."""
+    named = [{f"trained {n}": x for n, x in row.items() if n not in ("whole", "drop")} for row in trained]
+    return [{**row, **more} for row, more in zip(rows, named, strict=True)]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -216,7 +245,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--out", help="JSON file for losses and table")
+    parser.add_argument("--out", help="JSON file for losses, table, and where and how they were measured")
+    parser.add_argument("--heads", help="folder of a trained GistNet (KV gists of --block tokens), for further rows")
     options = parser.parse_args(arguments)
     windows = _windows(options)
     if options.save_tokens:
@@ -234,10 +264,19 @@ def main(arguments: list[str] | None = None) -> None:
         if i % 8 == 7:
             print(f"{i + 1} windows, {time.perf_counter() - start:.0f} s\n{table_of(*summarise(rows))}", flush=True)
 
-    rows = evaluate(
-        model, windows, tail=options.tail, block=options.block, expansions=options.expansions, report=report
-    )
-    print(f"{len(rows)} windows, {time.perf_counter() - start:.0f} s\n{table_of(*summarise(rows))}", flush=True)
+    sizes = {"tail": options.tail, "block": options.block, "expansions": options.expansions}
+    rows = evaluate(model, windows, **sizes, report=report)
+    if options.heads:
+        rows = with_trained(rows, evaluate(model, windows, **sizes, heads=options.heads))
+    table = table_of(*summarise(rows))
+    if options.out:
+        from hf_flash_mc.measure.record import describe_run
+
+        command = " ".join(["hf-flash-mc evaluate", *(sys.argv[1:] if arguments is None else arguments)])
+        run = asdict(describe_run(torch.device(options.device), command, f"{len(rows)} windows, paired bootstrap"))
+        whole = {"run": run, "options": vars(options), "table": table, "rows": rows}
+        Path(options.out).write_text(json.dumps(whole) + "\n")
+    print(f"{len(rows)} windows, {time.perf_counter() - start:.0f} s\n{table}", flush=True)
 
 
 def _windows(options: argparse.Namespace) -> Tensor:

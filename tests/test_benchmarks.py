@@ -192,7 +192,11 @@ def test_training_step_runs_stock_and_ours(monkeypatch: pytest.MonkeyPatch) -> N
     lines, missing = training.measure(cell, CPU, lambda: 1e9, layers=1, hidden=64)
     assert missing == []
     assert [(x.implementation, x.samples) for x in lines] == [("ours", 7), ("sdpa", 7)]
-    losses = [float(x.note.removeprefix("loss ")) for x in lines]
+    losses = [float(x.note.removeprefix("loss ").split(";")[0]) for x in lines]
+    for x in lines:
+        spent = dict(part.split()[:2] for part in x.note.split("; ")[1].split(", "))
+        assert list(spent) == ["attention", "matmul", "other"]
+        assert all(float(ms) > 0 for ms in spent.values()), "each kind was recognised"
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert training.measure(cell, CPU, lambda: 1.0)[1] == [f"{cell.name} ours", f"{cell.name} sdpa"]
 

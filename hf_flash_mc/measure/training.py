@@ -15,7 +15,15 @@ from hf_flash_mc.measure.record import Line, line
 STEPS = 7
 LONGEST_EAGER = 32768  # tokens, above which eager activations fill an 80 GiB card
 COMPILE_SECONDS = 60.0  # that a compiled variant is given at least, under a time limit
-_NAMES = ("ours", "sdpa", "ours-compiled", "sdpa-compiled", "ours-compiled-checkpointed", "sdpa-compiled-checkpointed")
+# Parts of kernels' names: ours, FlashAttention's, cuDNN's and flex's; cuBLAS's, CUTLASS's and the CPU's
+_KINDS = {
+    "attention": ("attn", "attention", "flash", "fmha", "sdpa", "few_keys", "few_queries"),
+    "matmul": ("gemm", "matmul", "cutlass", "nvjet", "cublas", "aten::mm", "aten::bmm", "aten::addmm"),
+}
+_NAMES = (
+    "ours", "sdpa", "ours-compiled", "sdpa-compiled", "flex-compiled",
+    "ours-compiled-checkpointed", "sdpa-compiled-checkpointed",
+)  # fmt: skip
 
 
 def variants(cell: Cell) -> list[str]:
@@ -52,8 +60,8 @@ def measure(cell: Cell, device: torch.device, left: Callable[[], float], **sizes
             missing.append(f"{cell.name} {name}")
             continue
         try:
-            times, peak, losses[name] = _measure(cell, device, name, left, sizes)
-            note = f"loss {losses[name]:.4f}"
+            times, peak, losses[name], spent = _measure(cell, device, name, left, sizes)
+            note = f"loss {losses[name]:.4f}; {spent}"
         except Exception as error:  # out of memory is a result
             times, peak, note = [], None, f"not run: {type(error).__name__}: {str(error).splitlines()[0]}"[:200]
         stock = next((losses[n] for n in ("sdpa", "sdpa-compiled") if n in losses), None)
@@ -67,15 +75,33 @@ def measure(cell: Cell, device: torch.device, left: Callable[[], float], **sizes
     return lines, missing
 
 
+def breakdown(step: Callable[[], object], gpu: bool) -> str:
+    """Where one step's time goes, by the names of kernels (of operators, on a CPU), as a note in milliseconds."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as recorded:
+        step()
+        if gpu:
+            torch.cuda.synchronize()
+    spent = dict.fromkeys(("attention", "matmul", "other"), 0.0)
+    for event in recorded.key_averages():
+        name = event.key.lower()
+        kind = next((k for k, parts in _KINDS.items() if any(part in name for part in parts)), "other")
+        spent[kind] += (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e3
+    return ", ".join(f"{kind} {ms:.3f} ms" for kind, ms in spent.items())
+
+
 def _measure(
     cell: Cell, device: torch.device, name: str, left: Callable[[], float], sizes: dict[str, int]
-) -> tuple[list[float], float | None, float]:
-    """Milliseconds of steps, peak GiB, and the first loss."""
+) -> tuple[list[float], float | None, float, str]:
+    """Milliseconds of steps, peak GiB, the first loss, and the breakdown of one more step."""
     from hf_flash_mc.patches import patch_model
 
     model = make_model(cell, device, **sizes)
     if name.startswith("ours"):
         patch_model(model)
+    if name.startswith("flex"):
+        model.set_attn_implementation("flex_attention")
     if name.endswith("checkpointed"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     run = torch.compile(model) if "compiled" in name else model
@@ -100,4 +126,5 @@ def _measure(
         if gpu:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - start) * 1e3)
-    return times, torch.cuda.max_memory_allocated() / 2**30 if gpu else None, first
+    peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else None
+    return times, peak, first, breakdown(step, gpu)

@@ -40,7 +40,7 @@ SHARED_LIMIT = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "gfx942": 65536
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call, forward and both forms of the backward."""
+    """One attention call, forward and both forms of the backward; "pagedN": the forward over blocks of N keys."""
 
     dtype: str
     head_dims: tuple[int, int]
@@ -75,6 +75,9 @@ USUAL = ("plain", "causal", "ranges", "many")
 RARER = ("window", "mask", "bias", "weight", "alibi", "softcap", "sinks", "dropout", "varlen", "varlen_causal",
          "blocks", "blocks_causal")  # fmt: skip
 SPECIAL = ((16, 16), (32, 32), (64, 64), (2048, 8), (2048, 32), (8, 4096), (32, 4096), (1, 4096))
+# rows of a KV head: 2, 16, 32, many
+PAGED = (("paged16", (1, 4096)), ("paged256", (1, 4096)), ("paged16_many", (8, 4096)), ("paged256_many", (16, 4096)),
+         ("paged16_causal", (512, 512)))  # fmt: skip
 # Every row of the tile table is met: both widths and its three head-dim limits; every feature at the two usual sizes.
 CASES = [
     *(Case(dtype, (d, d), feature) for dtype in ("bf16", "fp32") for d in (64, 128, 256) for feature in USUAL),
@@ -84,6 +87,8 @@ CASES = [
     Case("fp16", (128, 128), "causal"),
     # windows, many queries over few keys, few over many, decoding: kernels of their own
     *(Case("bf16", (d, d), feature, n) for d in (64, 128) for feature in ("plain", "many") for n in SPECIAL),
+    *(Case("bf16", (d, d), feature, n) for d in (64, 128, 256) for feature, n in PAGED),
+    *(Case("fp32", (d, d), feature, n) for d in (64, 128, 256) for feature, n in PAGED[1:3]),
 ]
 CI = [
     ("sm80", Case("bf16", (64, 64), "causal")),
@@ -91,6 +96,7 @@ CI = [
     ("sm90", Case("bf16", (64, 32), "ranges")),
     ("sm90", Case("bf16", (64, 64), "plain", (32, 32))),
     ("sm90", Case("bf16", (64, 64), "plain", (8, 4096))),
+    ("sm90", Case("bf16", (128, 128), "paged16", (1, 4096))),
     ("sm100", Case("bf16", (128, 128), "plain")),
     ("gfx942", Case("bf16", (64, 64), "causal")),
 ]
@@ -135,11 +141,32 @@ def call_of(case: Case) -> dict[str, Any]:
     many = [options[n] for n in ("ranges", "weight", "alibi", "softcap", "sinks", "dropout")]
     options["blocks_causal"] = options["blocks"] | options["causal"]
     options["many"] = {key: value for o in many for key, value in o.items()}
+    options |= {f"paged{n}{kind}": paged_options(kind, options) for n in (16, 256) for kind in ("", "_causal", "_many")}
     return {
         "qkv": (q, k, v),
         "spec": Spec(**options[case.feature]),
         "varlen": Varlen(cu, cu, sq, sk) if packed else None,
     }
+
+
+def paged_options(kind: str, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of a paged call: the features its kernel has, of those that are asked for."""
+    names = {"": (), "_causal": ("causal",), "_many": ("ranges", "alibi", "softcap", "sinks")}[kind]
+    return {key: value for n in names for key, value in options[n].items()}
+
+
+def run_paged(case: Case, q: Any, k: Any, v: Any, spec: Any) -> None:
+    """The case's call over a pool of blocks."""
+    import torch
+
+    from hf_flash_mc.ops.portable import paged_launch
+    from hf_flash_mc.ops.spec import Paged
+
+    page = int(re.findall(r"\d+", case.feature)[0])
+    caches = (x.new_zeros(8, page, *x.shape[1::2]) for x in (k, v))
+    table = torch.zeros(q.shape[0], -(-k.shape[2] // page), dtype=torch.int32)
+    paged_launch.forget()
+    paged_launch.forward(q, *caches, Paged(table, torch.zeros(q.shape[0], dtype=torch.int32)), spec)
 
 
 class OfflineDriver:
@@ -187,6 +214,9 @@ def compile_case(target: str, case: Case) -> list[Result]:
         mock.patch.object(plan, "INTERPRETED", True),  # no second launch, by the compiled kernel itself
     ):
         plan.forget()
+        if case.feature.startswith("paged"):
+            run_paged(case, q, k, v, spec)
+            return list(found.values())
         out, lse = launch.forward(q, k, v, spec, varlen)
         for form in ("", " (fused)"):
             with mock.patch.object(launch, "use_fused", return_value=bool(form)):

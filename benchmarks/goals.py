@@ -55,6 +55,8 @@ GOALS = [
     Goal("varlen-forward", "128 packed sequences of 16 to 1023", "varlen .*", "forward", 1.6, ("varlen_attn",)),
     Goal("varlen-backward", "128 packed sequences of 16 to 1023", "varlen .*", "backward", 1.4, ("varlen_attn",)),
     Goal("decode", "decode over 32k keys: bandwidth", "decode .*-k32768", "forward", 0.95, ("copy",)),
+    Goal("paged", "decode over 32k keys in blocks: bandwidth", "paged .*-k32768-.*", "forward", 0.85, ("copy",)),
+    Goal("paged-long", "decode over 128k keys in blocks: bandwidth", "paged .*-k131072-.*", "forward", 0.80, ("copy",)),
     Goal("train-eager", "training step, S 16384: eager", "train .*-q16384-.*", "step", 1.05, ("sdpa",)),
     Goal("train-compiled", "training step, S 16384: compiled", "train .*-q16384-.*", "step", 1.85, ("sdpa-compiled",),
          "ours-compiled"),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_flash_mc.ops import (
         explain_attention,
         flash_attention,
+        flash_attention_paged,
         flash_attention_varlen,
         merge_attention,
         ring_attention,
@@ -34,6 +35,7 @@ __all__ = [
     "detach_megacontext",
     "explain_attention",
     "flash_attention",
+    "flash_attention_paged",
     "flash_attention_varlen",
     "load_megacontext",
     "merge_attention",

@@ -6,7 +6,7 @@ if not __name__.startswith("hf_flash_mc."):
         "twice. Use `import hf_flash_mc.ops`."
     )
 
-from .api import Explanation, explain_attention, flash_attention, flash_attention_varlen
+from .api import Explanation, explain_attention, flash_attention, flash_attention_paged, flash_attention_varlen
 from .block_mask import BlockLists, evaluate_block_mask
 from .distributed import merge_attention, ring_attention, ulysses_attention
 from .library import sac_save_list
@@ -19,6 +19,7 @@ __all__ = [
     "evaluate_block_mask",
     "explain_attention",
     "flash_attention",
+    "flash_attention_paged",
     "flash_attention_varlen",
     "merge_attention",
     "ring_attention",

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from . import checks, library
-from .spec import Spec, Varlen
+from . import checks, library, paged
+from .spec import Paged, Spec, Varlen
 
 _NO_OFFSETS = (0, 0, 0, 0)
 _INF = float("inf")
@@ -167,6 +167,70 @@ def flash_attention_varlen(
     if not compiling:
         _check(q, k, v, kind, impl, options, Varlen(*packed))
     out, lse = library.attention(q, k, v, *packed, impl, *options)
+    return (out, lse) if return_lse else out
+
+
+def flash_attention_paged(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seqlens_k: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    key_ranges: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Any:
+    """``flash_attention`` over keys and values that lie in blocks of a pool, as vLLM and FlashAttention keep them.
+
+    Key j of sequence b is row ``j % block_size`` of block ``block_table[b, j // block_size]``. Everything else counts
+    from the sequence's own length: causal row i sees keys up to i + seqlens_k[b] - Sq. For inference: a backward
+    through it raises. The number of launched programs follows from shapes alone, so one CUDA graph serves while
+    lengths and tables change.
+
+    Args:
+        q: ``[B, Hq, Sq, D]``, any strides. Under autocast it is cast to the caches' dtype.
+        k_cache: ``[blocks, block_size, Hkv, D]``, any block size; on a GPU the last dimension must be contiguous.
+        v_cache: ``[blocks, block_size, Hkv, Dv]``.
+        block_table: int32 or int64 ``[B, most blocks of a sequence]``; columns behind a sequence's end are not read.
+        seqlens_k: int32 or int64 ``[B]``. Values of both are checked in eager on the CPU, and on a GPU with
+            ``HF_FLASH_MC_CHECKS=1``; unchecked, lengths are clamped to what the table has room for, and the keys of a
+            block whose number is outside the pool are seen by nobody.
+        causal, window, alibi_slopes, softcap, sinks, scale, return_lse: as in ``flash_attention``.
+        key_ranges: int32 ``[B or 1, Hq or 1, Sq, 2]``, local to the sequence.
+        impl: "auto", "triton", "cpu" or "reference"; the last two gather the blocks.
+
+    Returns:
+        out ``[B, Hq, Sq, Dv]``, on memory ``[B, Sq, Hq, Dv]``; with return_lse also lse ``[B, Hq, Sq]``.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as ``flash_attention``.
+
+    Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention" (2023).
+    """
+    compiling = torch.compiler.is_compiling()
+    kind = q.device.type if isinstance(q, Tensor) else ""
+    if impl == "auto":
+        impl = "triton" if kind == "cuda" else _AUTO.get(kind, "auto")
+    if not compiling and _autocast(kind) and isinstance(k_cache, Tensor):
+        q = q.to(k_cache.dtype)
+    left, right = (-1, -1) if window is None else _window(window)
+    table = Paged(_int32(block_table), _int32(seqlens_k))
+    cap = 0.0 if softcap is None else _softcap(softcap)
+    options = (key_ranges, alibi_slopes, sinks, scale, causal, left, right, cap)
+    if not compiling:  # there the fake checks
+        problems = paged.find_problems(q, k_cache, v_cache, table, impl, paged.make_spec(options))
+        if not problems and _may_read(table.block_table) and _may_read(table.seqlens_k):
+            problems = paged.value_problems(k_cache, table)
+        if problems:
+            checks.raise_problems(problems, paged.NAME)
+    out, lse = paged.attention(q, k_cache, v_cache, *table, impl, *options)
     return (out, lse) if return_lse else out
 
 

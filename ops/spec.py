@@ -44,6 +44,13 @@ class Varlen(NamedTuple):
     max_seqlen_k: int
 
 
+class Paged(NamedTuple):
+    """Keys and values in blocks of a pool: the caches are [blocks, block size, Hkv, D]."""
+
+    block_table: Tensor  # int32 [B, most blocks of a sequence]: which blocks hold it, in order
+    seqlens_k: Tensor  # int32 [B]: how many keys it has
+
+
 class Needs(NamedTuple):
     """Which gradients a backward must produce; the others come back as empty tensors."""
 

@@ -147,8 +147,9 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, at: Tensor, interleaved: bool) 
     return torch.cat((head, rest), -1)
 
 
-FORMS = ["plain", "paged", "batch_idx", "leftpad", "rotary", "rotary-halves", "window"]
-CACHED = [*((fa2, form) for form in [*FORMS, "alibi"]), *((fa3, form) for form in FORMS)]  # -3 has no ALiBi
+FORMS = ["plain", "paged", "paged-leftpad", "paged-rotary", "paged-window", "batch_idx", "leftpad", "rotary",
+         "rotary-halves", "window"]  # fmt: skip
+CACHED = [*((fa2, form) for form in [*FORMS, "alibi", "paged-alibi"]), *((fa3, form) for form in FORMS)]  # -3 has no ALiBi
 
 
 @pytest.mark.parametrize(("module", "form"), CACHED, ids=lambda x: x if isinstance(x, str) else x.__name__[-3:])
@@ -160,6 +161,7 @@ def test_cache(module: Any, form: str) -> None:
     k_cache, v_cache = rows(slots, capacity, 2, 8, seed=3), rows(slots, capacity, 2, 8, seed=4)
     kwargs: dict[str, Any] = {"causal": True}
     window, chosen, pad = (-1, -1), list(range(batch)), [0] * batch
+    paged, form = form.startswith("paged"), form.removeprefix("paged").removeprefix("-")
     if form == "window":
         kwargs["window_size"] = window = (3, -1)
     if form == "batch_idx":
@@ -176,7 +178,7 @@ def test_cache(module: Any, form: str) -> None:
     if form == "alibi":
         kwargs["alibi_slopes"] = torch.tensor([0.1, 0.2, 0.3, 0.4])
     dense_k, dense_v = k_cache.clone(), v_cache.clone()
-    if form == "paged":
+    if paged:
         table = torch.randperm(batch * capacity // page, generator=torch.Generator().manual_seed(0)).reshape(batch, -1)
         kwargs["block_table" if module is fa2 else "page_table"] = table.to(torch.int32)
         pools = []
@@ -205,7 +207,7 @@ def test_cache(module: Any, form: str) -> None:
         )
         torch.testing.assert_close(out[b], expected[0], atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(lse[b], expected_lse[0], atol=1e-6, rtol=1e-6, check_dtype=False)
-    if form == "paged":
+    if paged:
         k_cache, v_cache = (pool[table.flatten()].reshape(batch, capacity, 2, 8) for pool in (k_cache, v_cache))
     torch.testing.assert_close(k_cache, dense_k, atol=1e-6, rtol=1e-6)  # written in place, and nowhere else
     assert torch.equal(v_cache, dense_v)
@@ -303,6 +305,8 @@ def test_what_is_lacking_raises() -> None:
         fa3.flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, 3, 3, attention_chunk=2)
     with pytest.raises(NotImplementedError, match="block_table"):
         fa2.flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, 3, 3, block_table=cu)
+    with pytest.raises(ValueError, match="cache_batch_idx"):
+        fa2.flash_attn_with_kvcache(q, q, q, cache_batch_idx=cu[:1], block_table=cu[None])
     with pytest.raises(ValueError, match="k and v"):
         fa2.flash_attn_with_kvcache(q, q, q, k=q, cache_seqlens=1)
     with pytest.raises(ValueError, match="cache_seqlens"):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_flash_mc.ops import flash_attention, flash_attention_varlen
+from hf_flash_mc.ops import flash_attention, flash_attention_paged, flash_attention_varlen
 
 Result = tuple[Tensor, Tensor]  # out, lse
 
@@ -65,7 +65,7 @@ def with_cache(
 
     q ``[B, Sq, Hq, D]``; caches ``[Bc, Sc, Hkv, D]``, or ``[pages, page size, Hkv, D]`` with ``pages`` int32
     ``[B, most pages]``; k, v ``[B, Sn, Hkv, D]``. ``lengths``: how much of the cache was valid before, int or int32
-    ``[B]``; None is all of it. Waits for no device value. Paged caches are gathered, a copy of what they hold.
+    ``[B]``; None is all of it. Waits for no device value.
     """
     batch, sq = q.shape[:2]
     rows = torch.arange(batch, device=q.device)
@@ -97,19 +97,23 @@ def with_cache(
     if rotary is not None:
         steps = torch.arange(sq, device=q.device) if moving else torch.zeros(sq, device=q.device, dtype=torch.int64)
         q = rotate(q, *rotary, before[:, None] + steps, interleaved)
+    position = after[:, None] - sq + torch.arange(sq, device=q.device)  # [B, Sq] of each row, among the keys
+    ranges = _visible(position, after, left_pad, chunk, causal, window)[:, None].contiguous()
     if pages is not None:
-        k_cache, v_cache = (x[pages.long()].flatten(1, 2) for x in (k_cache, v_cache))
-    elif batch_index is not None:
+        slopes = None if alibi_slopes is None else alibi_slopes.float()
+        out, lse = flash_attention_paged(
+            q.transpose(1, 2), k_cache, v_cache, pages, after, key_ranges=ranges, alibi_slopes=slopes, **kwargs
+        )
+        return out.transpose(1, 2), lse
+    if batch_index is not None:
         k_cache, v_cache = (x[batch_index.long()] for x in (k_cache, v_cache))
     elif k_cache.shape[0] != batch:
         k_cache, v_cache = k_cache[:batch], v_cache[:batch]
-    position = after[:, None] - sq + torch.arange(sq, device=q.device)  # [B, Sq] of each row, among the keys
-    ranges = _visible(position, after, left_pad, chunk, causal, window)
     bias = None
     if alibi_slopes is not None:
         distance = (position[:, None, :, None] - torch.arange(k_cache.shape[1], device=q.device)).abs()
         bias = -alibi_slopes.float().reshape(-1, q.shape[2], 1, 1) * distance
-    return dense(q, k_cache, v_cache, key_ranges=ranges[:, None].contiguous(), bias=bias, **kwargs)
+    return dense(q, k_cache, v_cache, key_ranges=ranges, bias=bias, **kwargs)
 
 
 def _visible(

@@ -25,7 +25,7 @@ class Cell:
     kv_heads: int
     sq: int
     sk: int
-    feature: str = ""  # ranges, weight, sinks, softcap, dropout, recompute; packed; times30 (the logits); llama
+    feature: str = ""  # ranges, weight, sinks, softcap, dropout, recompute; packed; pageN (blocks); times30; llama
     directions: tuple[str, ...] = BOTH
 
     @property
@@ -39,6 +39,11 @@ class Cell:
         """Of the packed sequences: uniform from 16 to ``sq``, the same in every run."""
         generator = torch.Generator().manual_seed(VARLEN_SEED)
         return torch.randint(min(VARLEN_SHORTEST, self.sq), self.sq + 1, (self.batch,), generator=generator).tolist()
+
+    @property
+    def page(self) -> int:
+        """Keys in a block of the paged cache; 0 where there is none."""
+        return int(self.feature[4:]) if self.feature.startswith("page") else 0
 
     def flops(self, direction: str) -> float:
         """Of the visible pairs alone: 4 B H Sq Sk D, half if causal; the backward counts 2.5 times that."""
@@ -93,6 +98,8 @@ CELLS = [
     *(Cell("varlen", 128, causal, 128, 16, 16, 1023, 1023, "packed") for causal in (False, True)),
     Cell("decode", 128, False, 8, 32, 8, 1, 32768, directions=("forward",)),
     Cell("decode", 128, False, 1, 32, 8, 1, 131072, directions=("forward",)),
+    *(Cell("paged", 128, False, b, 32, 8, 1, n, f"page{page}", ("forward",))
+      for b, n in ((8, 32768), (1, 131072)) for page in (16, 256)),
     *(cell for s in (1024, 2048) for d in (128, 64, 256) for cell in _long(d, s)),
     *(Cell("features", 128, f != "ranges", 4, 16, 16, 4096, 4096, f) for f in _FEATURES),
     Cell("features", 128, True, 4, 16, 16, 4096, 4096, "recompute", ("backward",)),
@@ -108,6 +115,7 @@ SMOKE = [  # every kind of cell in a size that a CPU takes in no time
     Cell("windows", 16, False, 3, 2, 2, 8, 8),
     Cell("varlen", 16, True, 3, 2, 2, 19, 19, "packed"),
     Cell("decode", 16, False, 2, 4, 2, 1, 40, directions=("forward",)),
+    Cell("paged", 16, False, 2, 4, 2, 1, 40, "page16", ("forward",)),
     *(Cell("features", 16, f != "ranges", 1, 2, 2, 24, 24, f) for f in _FEATURES),
     Cell("features", 16, True, 1, 2, 2, 24, 24, "recompute", ("backward",)),
     Cell("accuracy", 16, True, 1, 2, 2, 24, 24, "times30", ("forward",)),

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -34,11 +35,31 @@ def ours(problem: Problem, impl: str = "auto") -> Attention:
     from hf_flash_mc.ops import flash_attention, flash_attention_varlen
 
     options = {**problem.options, "impl": impl}
+    if problem.cell.page:
+        return paged(problem, **options)
     if problem.cu_seqlens is not None:
         return lambda q, k, v: flash_attention_varlen(q, k, v, *problem.packed, **options)
     if problem.cell.feature == "recompute":  # as gradient checkpointing does: the forward again in each backward
         return lambda q, k, v: checkpoint(partial(flash_attention, **options), q, k, v, use_reentrant=False)
     return partial(flash_attention, **options)
+
+
+def paged(problem: Problem, **options: Any) -> Attention:
+    """Ours over a pool of blocks in no order, filled outside the timing; the keys and values passed are not read."""
+    from hf_flash_mc.ops import flash_attention_paged
+
+    batch, heads, keys, _ = problem.k.shape
+    columns, device = -(-keys // problem.cell.page), problem.k.device
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randperm(batch * columns, generator=generator).reshape(batch, columns).to(device)
+    pools = []
+    for x in (problem.k, problem.v):
+        rows = F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, columns * problem.cell.page - keys))
+        pool = x.new_empty(batch * columns, problem.cell.page, heads, x.shape[-1])
+        pool[table.flatten()] = rows.reshape(pool.shape)
+        pools.append(pool)
+    cache = (*pools, table.to(torch.int32), torch.full((batch,), keys, dtype=torch.int32, device=device))
+    return lambda q, k, v: flash_attention_paged(q, *cache, **options)
 
 
 def plain(problem: Problem) -> Attention:
@@ -165,9 +186,12 @@ LABELS = {
 
 
 def applies(name: str, cell: Cell) -> bool:
-    """Whether the implementation can say what the cell asks for: features only ours, packed sequences some."""
+    """Whether the implementation can say what the cell asks for: features and paged caches only ours, packed
+    sequences some."""
     if cell.group == "features":
         return name in (*OURS, "plain")
+    if cell.page:
+        return name in OURS
     if cell.feature == "packed":
         return name in (*OURS, "varlen_attn", "fa3", "fa4")
     return name not in ("plain", "varlen_attn")

@@ -15,7 +15,7 @@ from hf_flash_mc.measure.peers import CONTIGUOUS, OURS, Maker, Unavailable, appl
 from hf_flash_mc.measure.problem import Attention, Gate, Problem, make_problem
 from hf_flash_mc.measure.record import Line, line
 
-COPY_GROUPS = ("windows", "cross", "decode")  # cells that memory bounds: a device copy of as many bytes runs beside
+COPY_GROUPS = ("windows", "cross", "decode", "paged")  # cells that memory bounds: a device copy of as many bytes runs beside
 HOST_CELL = Cell("host", 64, True, 1, 16, 16, 128, 128)
 HOST_CALLS, HOST_REPEATS = 100, 15
 
@@ -112,6 +112,8 @@ def _back_end(problem: Problem, name: str) -> str:
     """Which of our back ends ran."""
     if name != "ours":
         return ""
+    if problem.cell.page:
+        return "runs on triton" if problem.q.is_cuda else "runs on cpu"
     from hf_flash_mc.ops import explain_attention
 
     options = dict(problem.options)

@@ -41,6 +41,10 @@ _FEW_HALF: dict[str, list[tuple[int, ...]]] = {
     "few_queries_bwd/16": [(64, 16, 32, 2, 3), (128, 16, 64, 4, 2), (256, 16, 32, 4, 1)],
     "few_queries_bwd/32": [(64, 32, 64, 4, 2), (128, 32, 64, 8, 2)],
     "few_queries_bwd/64": [(64, 64, 64, 4, 2), (128, 64, 32, 8, 2)],
+    # over a paged cache; more rows than 64 take more tiles
+    "paged_fwd/16": [(64, 16, 64, 4, 3), (128, 16, 64, 4, 3), (256, 16, 32, 4, 2)],
+    "paged_fwd/32": [(64, 32, 64, 4, 3), (128, 32, 64, 4, 2), (256, 32, 32, 4, 2)],
+    "paged_fwd/64": [(64, 64, 64, 4, 3), (128, 64, 64, 4, 2), (256, 64, 32, 8, 2)],
 }
 _FEW_SM80: dict[str, list[tuple[int, ...]]] = {  # whose matrix unit takes operands from registers
     "few_queries_bwd/16": [(64, 16, 32, 2, 3), (128, 16, 32, 4, 2), (256, 16, 32, 4, 1)],
@@ -54,6 +58,7 @@ _FEW_WIDE: dict[str, list[tuple[int, ...]]] = {
     "few_queries_fwd/16": [(128, 16, 32, 4, 1)],
     "few_queries_fwd/32": [(128, 32, 32, 4, 1)],
     "few_queries_bwd/16": [(128, 16, 32, 4, 1)],
+    "paged_fwd/16": [(128, 16, 32, 4, 1), (256, 16, 16, 4, 1)],
 }
 # short lengths reach every family, and several splits
 _FEW_SMALL: dict[str, list[tuple[int, ...]]] = {
@@ -67,6 +72,8 @@ _FEW_SMALL: dict[str, list[tuple[int, ...]]] = {
     "few_queries_bwd/16": [(256, 16, 16, 4, 1)],
     "few_queries_bwd/32": [(256, 32, 16, 4, 1)],
     "few_queries_bwd/64": [(256, 64, 16, 4, 1)],
+    "paged_fwd/16": [(256, 16, 16, 4, 1)],
+    "paged_fwd/64": [(256, 64, 16, 4, 1)],
 }
 
 TABLE: dict[str, dict[str, dict[str, list[tuple[int, ...]]]]] = {

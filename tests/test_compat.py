@@ -147,9 +147,10 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, at: Tensor, interleaved: bool) 
     return torch.cat((head, rest), -1)
 
 
+# FlashAttention-3 has no ALiBi
 FORMS = ["plain", "paged", "paged-leftpad", "paged-rotary", "paged-window", "batch_idx", "leftpad", "rotary",
          "rotary-halves", "window"]  # fmt: skip
-CACHED = [*((fa2, form) for form in [*FORMS, "alibi", "paged-alibi"]), *((fa3, form) for form in FORMS)]  # -3 has no ALiBi
+CACHED = [*((fa2, form) for form in [*FORMS, "alibi", "paged-alibi"]), *((fa3, form) for form in FORMS)]
 
 
 @pytest.mark.parametrize(("module", "form"), CACHED, ids=lambda x: x if isinstance(x, str) else x.__name__[-3:])

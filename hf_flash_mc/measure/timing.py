@@ -15,7 +15,8 @@ from hf_flash_mc.measure.peers import CONTIGUOUS, OURS, Maker, Unavailable, appl
 from hf_flash_mc.measure.problem import Attention, Gate, Problem, make_problem
 from hf_flash_mc.measure.record import Line, line
 
-COPY_GROUPS = ("windows", "cross", "decode", "paged")  # cells that memory bounds: a device copy of as many bytes runs beside
+# cells that memory bounds: a device copy of as many bytes runs beside
+COPY_GROUPS = ("windows", "cross", "decode", "paged")
 HOST_CELL = Cell("host", 64, True, 1, 16, 16, 128, 128)
 HOST_CALLS, HOST_REPEATS = 100, 15
 

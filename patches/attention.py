@@ -103,11 +103,11 @@ def mc_attention(
     if s_aux is not None and s_aux.dtype not in (query.dtype, torch.float32):
         s_aux = s_aux.float()
     if options.context_parallel is not None:
-        refused = {"position_bias": position_bias, "indices": indices, "cu_seq_lens_q": cu_seq_lens_q, "slots": slots}
+        absent = {"position_bias": position_bias, "indices": indices, "cu_seq_lens_q": cu_seq_lens_q, "slots": slots}
         shared = {"softcap": softcap, "sinks": s_aux, "scale": scaling, "dropout_p": dropout}
         out = spread_attention(
             options.context_parallel, options.packing, query, key, value, attention_mask, position_ids, causal,
-            sliding_window, shared, refused,
+            sliding_window, shared, absent,
         )  # fmt: skip
         return out.transpose(1, 2).contiguous(), None
     if slots is None:
@@ -126,7 +126,10 @@ def mc_attention(
         if visible["window"] is not None and q_length != kv_length:
             raise NotImplementedError("cu_seq_lens_q and cu_seq_lens_k that differ, together with a sliding window")
         visible["key_ranges"] = _ranges_of_sequences(cu_seq_lens_q, cu_k, q_length, visible.pop("causal"))
-    elif options.packing == "position_ids" and slots is None:
+    elif slots is None and (
+        options.packing == "position_ids"
+        or (attention_mask is None and causal and position_ids is not None and q_length == kv_length)
+    ):  # without a mask (DeepSpeed's Ulysses drops it) packing is in the position ids alone
         visible["key_ranges"] = _ranges_of_positions(position_ids, visible, query.shape[0], q_length, kv_length)
     try:
         out = flash_attention(

@@ -188,3 +188,26 @@ def refusals_body(rank: int) -> None:
 @gloo
 def test_models_train_with_their_sequence_spread_as_in_one_process() -> None:
     on_ranks(families_body, packed_body, wrapped_body, refusals_body)
+
+
+def test_masks_dropped_by_a_wrapper_are_rebuilt_from_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's Ulysses puts a function over ours that passes no mask, and position ids of the whole sequence."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from hf_flash_mc.patches.attention import KEY, mc_attention
+
+    def without_mask(module, query, key, value, attention_mask, *args, **kwargs):
+        return mc_attention(module, query, key, value, None, *args, **kwargs)
+
+    batch = make_batch()
+    del batch["attention_mask"]
+    plain = torch.arange(LENGTH).expand(BATCH, -1)
+    packed = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ([7, 20, 5], [16, 15, 1])])
+    for family in ("llama", "mistral", "gpt_oss"):
+        for ids in (plain,) if family == "gpt_oss" else (plain, packed):  # stock makes its masks without ids
+            model = causal_model(family)
+            expected = train_whole(model, {**batch, "position_ids": ids})
+            patch_model(model)
+            monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, KEY, without_mask)
+            check_same(train_whole(model, {**batch, "position_ids": ids}), expected, family)
+            monkeypatch.undo()

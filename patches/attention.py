@@ -95,9 +95,9 @@ def mc_attention(
     slots = getattr(key, "slots", None)  # keys of a MegaContextCache know what may be seen: they are in no order
     if slots is not None and hasattr(slots, "attend"):  # keys of several sessions, or only a part of what is seen
         given = {"position_bias": position_bias, "indices": indices, "cu_seq_lens_q": cu_seq_lens_q}
-        refused = [name for name, x in given.items() if x is not None]
-        if refused:
-            raise NotImplementedError(f"{', '.join(refused)}: not over a session's keys")
+        names = [name for name, x in given.items() if x is not None]
+        if names:
+            raise NotImplementedError(f"{', '.join(names)}: not over a session's keys")
         options_here = {"softcap": softcap, "sinks": s_aux, "scale": scaling, "dropout_p": dropout}
         return slots.attend(query, key, value, attention_mask, **options_here).transpose(1, 2).contiguous(), None
     if s_aux is not None and s_aux.dtype not in (query.dtype, torch.float32):

@@ -80,4 +80,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "step3p5": {"sliding_window": 6},
     "perceiver": {"num_self_attention_heads": 2, "num_cross_attention_heads": 2, "qk_channels": 64, "v_channels": 64},
     "jamba": {"LAYERS": 8},
+    # Mixers of state in every layer that the first few have: these get a layer with attention.
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_5_moe_text": {"layer_types": ["linear_attention", "full_attention"]},
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layers_block_type": ["mamba", "attention"]},
+    "recurrent_gemma": {"LAYERS": 3},
 }

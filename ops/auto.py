@@ -65,5 +65,5 @@ def backward(
     if choose(q, k, v, spec, varlen)[0] == "hopper":
         from .hopper import launch as hopper
 
-        return hopper.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen)
+        return hopper.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen, False)
     return portable.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen)

@@ -28,7 +28,7 @@ from benchmarks.compile_matrix import OfflineDriver, cubin_resources
 from hf_flash_mc.ops.hopper import backward_launch
 from hf_flash_mc.ops.hopper import plan as hopper_plan
 from hf_flash_mc.ops.portable import plan
-from hf_flash_mc.ops.spec import Needs, Spec
+from hf_flash_mc.ops.spec import Needs, Spec, Varlen
 
 B, H, S = 2, 4, 512
 FEATURES: dict[str, dict[str, Any]] = {
@@ -39,6 +39,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "softcap": {"causal": True, "softcap": 50.0},
     "alibi": {"causal": True, "alibi_slopes": torch.zeros(H)},
     "weight": {"causal": True, "key_log_weight": torch.zeros(B, 1, S)},
+    "varlen": {"causal": True},
     "dropout": {"causal": True, "dropout_p": 0.1, "dropout_seed": torch.zeros(1, dtype=torch.int64)},
 }
 
@@ -54,6 +55,11 @@ def costs(head_dim: int, feature: str) -> dict[str, Any]:
         return kernel
 
     q, k, v, dout, out = (torch.zeros(B, S, H, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(5))
+    lse, varlen = torch.zeros(B, H, S), None
+    if feature == "varlen":
+        q, k, v, dout, out = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v, dout, out))
+        cu = torch.arange(0, B * S + 1, S, dtype=torch.int32)
+        lse, varlen = torch.zeros(H, B * S), Varlen(cu, cu, S, S)
     spec = Spec(**FEATURES[feature])
     needs = Needs(dkey_log_weight=spec.key_log_weight is not None)
     with (
@@ -61,7 +67,7 @@ def costs(head_dim: int, feature: str) -> dict[str, Any]:
         mock.patch.object(plan, "INTERPRETED", True),  # no second launch, by the compiled kernel itself
         mock.patch.object(hopper_plan, "_runner", return_value=None),
     ):
-        backward_launch.backward(dout, None, q, k, v, out, torch.zeros(B, H, S), spec, needs, False)
+        backward_launch.backward(dout, None, q, k, v, out, lse, spec, needs, False, varlen)
     kernel = found["attn_bwd_hopper_kernel"]
     registers, spills, unset = cubin_resources(kernel.asm["cubin"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

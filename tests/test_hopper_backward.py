@@ -72,6 +72,11 @@ CASES = [
     Case(**{**BF16, "D": 72, "Dv": 40}, Sq=70, Sk=130, causal=True),
     Case(**BF16, Sq=150, Sk=150, causal=True, key_ranges="packed", softcap=3.0, sinks=True, alibi="h",
          key_log_weight="h-", dropout_p=0.2, scale=0.3, poison=True),
+    Case(**BF16, varlen=((70, 70), (0, 5), (130, 200), (1, 0), (30, 30)), dlse=True),
+    Case(**{**BF16, "D": 128}, varlen=((70, 130), (130, 70), (65, 64)), causal=True, poison=True),
+    Case(**BF16, varlen=((70, 130), (130, 70)), causal=True, window=(50, None), sinks=True, poison=True),
+    Case(**{**BF16, "D": 72, "Dv": 40}, varlen=((70, 70), (90, 60)), key_log_weight="h-", softcap=3.0, alibi="bh",
+         dropout_p=0.2, poison=True),
 ]  # fmt: skip
 
 
@@ -92,6 +97,10 @@ LONG = Case(**{**BF16, "Hq": 1}, Sq=330, Sk=130, causal=True)
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_schedules(schedule: Schedule) -> None:
     run_backward(LONG, schedule, seed=1)
+
+
+def test_packed_sequences_whose_key_tiles_are_shared() -> None:
+    run_backward(Case(**BF16, varlen=((70, 130), (130, 70)), causal=True, poison=True), Schedule(SPLIT=True))
 
 
 # what a mistake would look like -> (in the source, instead)

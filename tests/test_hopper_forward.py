@@ -22,7 +22,7 @@ from gluon_emulator import EmulatedKernel, EmulatorError, emulated
 from helpers import Case, check_bound, exact_attention, make_inputs, naive_attention, poisoned_empty
 
 from hf_flash_mc.ops import auto
-from hf_flash_mc.ops.hopper import forward, launch
+from hf_flash_mc.ops.hopper import forward, launch, untimed
 from hf_flash_mc.ops.hopper.plan import HopperConfig
 from hf_flash_mc.ops.portable import plan
 
@@ -215,4 +215,18 @@ def test_auto_takes_what_is_faster(sizes: tuple[int, int, int], chosen: str, wor
         assert found == chosen
         assert word in "".join(reasons)
         assert (auto.forward(*call) == "portable") == (chosen == "triton")
+    plan.forget()
+
+
+def test_auto_leaves_what_no_gpu_has_timed() -> None:
+    """And says so; naming the back end takes it."""
+    inputs = make_inputs(Case(**BF16, varlen=((70, 130), (130, 70))))
+    call = (inputs.q, inputs.k, inputs.v, inputs.spec, inputs.varlen)
+    plan.forget()
+    with mock.patch.object(launch, "EMULATED", True):
+        assert "packed backward" in "".join(launch.notes(*call, False))
+        assert launch.notes(*call, True) == []
+        with mock.patch.dict(untimed.AUTO_TAKES, {"packed backward": True}):
+            plan.forget()
+            assert launch.notes(*call, False) == []
     plan.forget()

@@ -13,7 +13,8 @@ the next step under the writing of dQ.
 from typing import NamedTuple
 
 from ..portable.backward import _plan_queries
-from ..portable.common import backward_logits, backward_weights, key_in_use, row_ranges
+from ..portable.common import backward_logits, backward_weights, key_in_use, row_ranges, sequence_bounds
+from .backward_rows import first_unit
 from .shim import (
     bar_arrive,
     bar_sync,
@@ -51,7 +52,7 @@ def _producer(descs, rows_ptr, dirty_ptr, smem, bars, where, F: gl.constexpr, T:
     q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc = descs
     q_s, k_s, v_s, do_s, rows_s = smem
     kv_full, q_full, do_full = bars
-    batch, head_k, n0, group, first, tiles, begin, count, units, unit0 = where
+    batch, head_k, n0, group, first, tiles, begin, count, units, unit0, q_start, k_start = where
     STAGES: gl.constexpr = T.STAGES
     SUBS: gl.constexpr = T.SUBS
     D: gl.constexpr = F.D
@@ -61,8 +62,11 @@ def _producer(descs, rows_ptr, dirty_ptr, smem, bars, where, F: gl.constexpr, T:
     WIDTH: gl.constexpr = SUB * (4 if F.HAS_RANGES else 2)
     lane = gl.arange(0, WIDTH, layout=gl.BlockedLayout([4], [32], [1], [0]))
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-    tma_load(k_desc, [batch, head_k, n0, 0], kv_full, k_s.index(0).reshape((1, 1, ROWS, D)))
-    tma_load(v_desc, [batch, head_k, n0, 0], kv_full, v_s.index(0).reshape((1, 1, ROWS, DV)))
+    keys_at = [batch, head_k, n0, 0]
+    if F.VARLEN:
+        keys_at = [batch, head_k, k_start + n0, 0]
+    tma_load(k_desc, keys_at, kv_full, k_s.index(0).reshape((1, 1, ROWS, D)))
+    tma_load(v_desc, keys_at, kv_full, v_s.index(0).reshape((1, 1, ROWS, DV)))
     for t in range(count):
         stage = t % STAGES
         head = head_k * group + (begin + t) // tiles
@@ -77,12 +81,16 @@ def _producer(descs, rows_ptr, dirty_ptr, smem, bars, where, F: gl.constexpr, T:
         mbarrier.expect(do_full.index(stage), SUBS * do_desc.block_type.nbytes)
         for j in gl.static_range(SUBS):
             at = [batch, head, m0 + j * SUB, 0]
+            clean_at = at
+            if F.VARLEN:
+                at = [batch, head, q_start + m0 + j * SUB, 0]
+                clean_at = [batch, head, unit0 * SUB + m0 + j * SUB, 0]
             q_j = q_s.index(stage * SUBS + j).reshape((1, 1, SUB, D))
             do_j = do_s.index(stage * SUBS + j).reshape((1, 1, SUB, DV))
             if F.SANITIZE:
                 if gl.load(dirty_ptr + unit + j) != 0:
-                    tma_load(clean_q_desc, at, q_full.index(stage), q_j)
-                    tma_load(clean_do_desc, at, do_full.index(stage), do_j)
+                    tma_load(clean_q_desc, clean_at, q_full.index(stage), q_j)
+                    tma_load(clean_do_desc, clean_at, do_full.index(stage), do_j)
                 else:
                     tma_load(q_desc, at, q_full.index(stage), q_j)
                     tma_load(do_desc, at, do_full.index(stage), do_j)
@@ -143,7 +151,7 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
     seen_ptr, weight_ptr, slopes_ptr, seed_ptr, dw_ptr, dk_ptr, dv_ptr = pointers
     q_s, k_s, v_s, do_s, ds_s, dq_s, rows_s = smem
     kv_full, q_full, do_full = bars
-    batch, head_k, n0, group, first, tiles, begin, count, full_lo, full_hi = where
+    batch, head_k, n0, group, first, tiles, begin, count, full_lo, full_hi, sequence, padded_start = where
     (scale, softcap, keep_scale, sq, sk, window_left, window_right, threshold, off_b, off_h, off_m, off_n, dk_stride,
      dv_stride, d, d_v) = numbers  # fmt: skip
     STAGES: gl.constexpr = T.STAGES
@@ -170,8 +178,8 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
     mbarrier.wait(kv_full, 0)
     k_own = k_s.index(0).slice(CID * HALF, HALF, 0)
     v_own = v_s.index(0).slice(CID * HALF, HALF, 0)
-    if F.HAS_RANGES or F.HAS_WEIGHT or (F.SANITIZE and F.HAS_LEFT):
-        # a key that no row sees may hold NaN, and 0 * NaN is NaN
+    if F.HAS_RANGES or F.HAS_WEIGHT or F.VARLEN or (F.SANITIZE and F.HAS_LEFT):
+        # a key that no row sees may hold NaN, and 0 * NaN is NaN; nor may a packed neighbour's
         CLEAN: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         own = n0 + CID * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, CLEAN))
         use = key_in_use(weight_ptr, own, sk, F)
@@ -199,6 +207,9 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
         phase = (t // STAGES) & 1
         head = head_k * group + (begin + t) // tiles
         m0 = (first + (begin + t) % tiles) * BLOCK_M
+        dq_row = m0
+        if F.VARLEN:
+            dq_row = padded_start + m0
         z = t >> 30  # 0, but the compiler cannot know: it would keep dozens of shared-memory descriptors in registers
         if T.K_REGS:
             k_op = k_regs
@@ -213,7 +224,7 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
             slope = gl.load(slopes_ptr + head).to(gl.float32)
         dropout = (0, 0, 0, 0, 0, 0)
         if F.HAS_DROPOUT:
-            dropout = (seed, head + off_h, batch + off_b, off_m, off_n, threshold)
+            dropout = (seed, head + off_h, sequence + off_b, off_m, off_n, threshold)
         for j in gl.static_range(SUBS):
             q_j = q_s.index(stage * SUBS + j)
             do_j = do_s.index(stage * SUBS + j)
@@ -274,7 +285,7 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
             dq_t = _dq_product(ds_s, k_s, t % 2, z, zero_q, CID, T)
             dk, s_next, dq = warpgroup_mma_wait(0, deps=(dk_t, s_next, dq_t))
             bar_arrive(FREE + stage, 288)
-            _add_dq(dq_desc, dq_out, dq, batch, head, m0, CID, T)
+            _add_dq(dq_desc, dq_out, dq, batch, head, dq_row, CID, T)
         else:
             bar_sync(ALL, 256)
             dq_t = _dq_product(ds_s, k_s, t % 2, z, zero_q, CID, T)
@@ -284,7 +295,7 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
             s_next = _scores(k_op, q_s.index(after % STAGES * SUBS), zero_s)
             dq = warpgroup_mma_wait(1, deps=(dq_t,))
             bar_arrive(FREE + stage, 288)
-            _add_dq(dq_desc, dq_out, dq, batch, head, m0, CID, T)
+            _add_dq(dq_desc, dq_out, dq, batch, head, dq_row, CID, T)
             s_next = warpgroup_mma_wait(0, deps=(s_next,))
     tma_store_wait(0)
     if F.WEIGHT_GRAD:
@@ -299,13 +310,17 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
         bar_sync(ALL, 256)  # nobody reads the keys any more: their memory takes dK and dV
         k_own.store((dk * scale).to(dtype))
         v_own.store((dv * keep_scale).to(dtype))
-        fence_async_shared()
-        bar_sync(ALL, 256)
-        if CID == 0:
-            tma_store(dk_desc, [batch, head_k, n0, 0], k_s.index(0).reshape((1, 1, ROWS, D)))
+        if F.VARLEN:  # a bulk store would not stop at the sequence's end
+            _store_rows(dk_ptr, dk_stride, k_own, n0 + CID * HALF, sk, d)
+            _store_rows(dv_ptr, dv_stride, v_own, n0 + CID * HALF, sk, d_v)
         else:
-            tma_store(dv_desc, [batch, head_k, n0, 0], v_s.index(0).reshape((1, 1, ROWS, DV)))
-        tma_store_wait(0)
+            fence_async_shared()
+            bar_sync(ALL, 256)
+            if CID == 0:
+                tma_store(dk_desc, [batch, head_k, n0, 0], k_s.index(0).reshape((1, 1, ROWS, D)))
+            else:
+                tma_store(dv_desc, [batch, head_k, n0, 0], v_s.index(0).reshape((1, 1, ROWS, DV)))
+            tma_store_wait(0)
 
 
 @gluon.jit
@@ -318,6 +333,17 @@ def _add_rows(ptr, stride, tile, row0, rows, columns, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _store_rows(ptr, stride, staged, row0, rows, columns):
+    """The rows from row0 of a [rows, columns] matrix, from the shared memory [64, width] where they are staged."""
+    WIDTH: gl.constexpr = staged.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = row0 + gl.arange(0, HALF, layout=gl.SliceLayout(1, LAYOUT))
+    column = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
+    at = ptr + row.to(gl.int64)[:, None] * stride + column[None, :]
+    gl.store(at, staged.load(LAYOUT), mask=(row < rows)[:, None] & (column < columns)[None, :])
+
+
+@gluon.jit
 def _tiles(COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, DTYPE: gl.constexpr):
     """Shared memory for COUNT tiles, as bulk copies and matrix products want it."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], DTYPE)
@@ -327,21 +353,22 @@ def _tiles(COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, DTYPE
 _RUNTIME_INTS = [
     "HQ", "GROUP", "SQ", "SK", "tiles", "units", "window_left", "window_right", "threshold", "off_b", "off_h", "off_m",
     "off_n", "stride_sb", "stride_sh", "stride_tb", "stride_th", "stride_wb", "stride_wh", "stride_ab",
-    "parts", "D_K", "D_V",
+    "parts", "D_K", "D_V", "max_q", "max_k",
 ]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=_RUNTIME_INTS)
 def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc, dq_desc, dk_desc, dv_desc,
                            rows_ptr, dirty_ptr, seen_ptr, weight_ptr, slopes_ptr, seed_ptr, plans_ptr, dw_ptr,
-                           dk_ptr, dv_ptr,
+                           dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr,
                            stride_sb, stride_sh, stride_tb, stride_th, stride_wb, stride_wh, stride_ab,
                            scale, softcap, keep_scale, HQ, GROUP, SQ, SK, tiles, units, window_left, window_right,
-                           threshold, off_b, off_h, off_m, off_n, parts, D_K, D_V, F: gl.constexpr,
-                           T: gl.constexpr):  # fmt: skip
+                           threshold, off_b, off_h, off_m, off_n, parts, D_K, D_V, max_q, max_k,
+                           F: gl.constexpr, T: gl.constexpr):  # fmt: skip
     """dK, dV of 128 keys and their share of dQ / scale, added into float32. Grid: tiles * parts * HKV * B.
 
-    ``rows_ptr`` and ``dirty_ptr`` [B, HQ, units] and ``seen_ptr`` come from backward_rows.py.
+    ``rows_ptr`` and ``dirty_ptr`` [B, HQ, units] and ``seen_ptr`` come from backward_rows.py. For VARLEN, SQ and SK are
+    the packed totals, and rows, clean copies and dQ's sums lie in units of their own (see there).
     """
     D: gl.constexpr = F.D
     DV: gl.constexpr = F.DV
@@ -360,8 +387,15 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
     batch = rest // parts // HK
     head_k = rest // parts % HK
     n0 = tile * BLOCK_N
+    sq = SQ
+    sk = SK
+    if F.VARLEN:
+        q_start, sq = sequence_bounds(cu_q_ptr, batch, SQ, max_q)
+        k_start, sk = sequence_bounds(cu_k_ptr, batch, SK, max_k)
+        if n0 >= sk:
+            return
     start, full_start, full_tiles, _left, masked_tiles = _plan_queries(
-        plans_ptr, batch.to(gl.int64), head_k * GROUP, stride_tb, stride_th, n0, SQ, SK, window_left, window_right, F
+        plans_ptr, batch.to(gl.int64), head_k * GROUP, stride_tb, stride_th, n0, sq, sk, window_left, window_right, F
     )
     first = start // BLOCK_M
     met = full_tiles + masked_tiles
@@ -386,15 +420,28 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
         mbarrier.init(do_full.index(i), count=1)
     fence_async_shared()
     b64 = batch.to(gl.int64)
-    unit0 = b64 * HQ * units
+    sequence = batch
+    if F.VARLEN:
+        unit0 = first_unit(q_start, batch)
+        starts = (q_start, k_start)
+        batch = batch * 0
+        keys_start = k_start.to(gl.int64)
+        weights_at = keys_start
+        dw_at = head_k.to(gl.int64) * SK + keys_start
+    else:
+        unit0 = b64 * HQ * units
+        starts = (0, 0)
+        keys_start = b64 * SK
+        weights_at = b64 * stride_wb
+        dw_at = (b64 * HK + head_k) * SK
     pointers = (
         seen_ptr + b64 * stride_sb + (head_k * GROUP).to(gl.int64) * stride_sh,
-        weight_ptr + b64 * stride_wb + head_k.to(gl.int64) * stride_wh,
+        weight_ptr + weights_at + head_k.to(gl.int64) * stride_wh,
         slopes_ptr + b64 * stride_ab,
         seed_ptr,
-        dw_ptr + (b64 * HK + head_k) * SK,
-        dk_ptr + (b64 * SK * HK + head_k) * D_K,
-        dv_ptr + (b64 * SK * HK + head_k) * D_V,
+        dw_ptr + dw_at,
+        dk_ptr + (keys_start * HK + head_k) * D_K,
+        dv_ptr + (keys_start * HK + head_k) * D_V,
     )
     descs = (dq_desc, dk_desc, dv_desc)
     loads = (q_desc, k_desc, v_desc, do_desc, q_desc, do_desc)
@@ -402,12 +449,12 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
         loads = (q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc)
     smem = (q_s, k_s, v_s, do_s, ds_s, dq_s, rows_s)
     bars = (kv_full, q_full, do_full)
-    where = (batch, head_k, n0, GROUP, first, met, begin, count, full_start, full_hi)
-    numbers = (scale, softcap, keep_scale, SQ, SK, window_left, window_right, threshold, off_b, off_h, off_m, off_n,
+    where = (batch, head_k, n0, GROUP, first, met, begin, count, full_start, full_hi, sequence, unit0 * SUB)
+    numbers = (scale, softcap, keep_scale, sq, sk, window_left, window_right, threshold, off_b, off_h, off_m, off_n,
                HK * D_K, HK * D_V, D_K, D_V)  # fmt: skip
     gl.warp_specialize([
         (_consumer, (descs, pointers, smem, bars, where, numbers, 0, F, T)),
         (_consumer, (descs, pointers, smem, bars, where, numbers, 1, F, T)),
         (_producer, (loads, rows_ptr, dirty_ptr, (q_s, k_s, v_s, do_s, rows_s), bars,
-                     (batch, head_k, n0, GROUP, first, met, begin, count, units, unit0), F, T)),
+                     (batch, head_k, n0, GROUP, first, met, begin, count, units, unit0) + starts, F, T)),
     ], [4, 1], [REGS, 24])  # fmt: skip

@@ -13,7 +13,12 @@ from ..portable.plan import Plan, features, plan_of, strides
 from ..spec import Gradients, Needs, Spec, Varlen, bshd_layout, new_bshd, new_strided
 from ..tuning import Config, tuned
 from .backward import Schedule, attn_bwd_hopper_kernel
-from .backward_rows import attn_bwd_hopper_keys_seen, attn_bwd_hopper_round, attn_bwd_hopper_rows
+from .backward_rows import (
+    attn_bwd_hopper_keys_seen,
+    attn_bwd_hopper_round,
+    attn_bwd_hopper_round_packed,
+    attn_bwd_hopper_rows,
+)
 from .plan import Launch, padded, tiles, tma_problem
 
 HEAD_DIMS = (40, 128)  # below, padding to 64 wastes more than the fused form saves
@@ -45,11 +50,14 @@ def unsupported_backward(
     if not (needs.dq and (needs.dk or needs.dv)):
         reasons.append("gradients: the fused backward computes dq, dk and dv together")
     masked = spec.mask is not None or spec.block_rows is not None
-    absent = {"packed sequences": varlen is not None, "mask": masked, "bias": spec.bias is not None}
-    reasons += [f"{name}: not in the fused backward" for name, given in absent.items() if given]
     ranges = spec.key_ranges
-    if ranges is not None:
-        if varlen is None and ranges.shape[1] > 1 and q.shape[1] != k.shape[1]:
+    absent = {
+        "mask": masked, "bias": spec.bias is not None,
+        "key_ranges of packed sequences": ranges is not None and varlen is not None,
+    }  # fmt: skip
+    reasons += [f"{name}: not in the fused backward" for name, given in absent.items() if given]
+    if ranges is not None and varlen is None:
+        if ranges.shape[1] > 1 and q.shape[1] != k.shape[1]:
             reasons.append("key_ranges: the fused backward takes one range for all query heads of a KV head")
         if k.shape[-2] > MAX_KEYS_IN_RANGES:
             reasons.append(f"key_ranges: the fused backward takes up to {MAX_KEYS_IN_RANGES} keys")
@@ -82,7 +90,7 @@ def backward(
     steps = plan.launches.get(key)
     if steps is None:
         steps = plan.launches[key] = _Steps(plan, q, k, v, dout, out, dlse, weighed, schedule)
-    return steps.run(dout, dlse, q, k, v, out, lse, spec, needs)
+    return steps.run(dout, dlse, q, k, v, out, lse, spec, needs, varlen)
 
 
 @functools.cache
@@ -120,19 +128,26 @@ class _Steps:
         schedule = schedule or tuned("hopper_bwd", plan, Schedule) or shipped
         block = 64 * schedule.SUBS
         f = features(Config(block, KEYS, 4, 1), plan.d, plan.dv, plan.flags, weight_grad=weighed)
+        # a packed sequence's last tile reads its neighbour's rows, which may be NaN
+        f = f._replace(SANITIZE=f.SANITIZE or plan.packed)
         self.plan, self.weighed, self.sanitize = plan, weighed, f.SANITIZE
-        units = -(-plan.sq // 128) * 2  # of 64 rows: a whole number of the largest tiles
-        self.units_shape = (plan.batch, plan.hq, units)
+        units = -(-plan.max_q // 128) * 2  # of 64 rows: a whole number of the largest tiles
+        # packed sequences begin at such a number, whatever cu_seqlens says: see first_unit
+        all_units = (-(-plan.sq // 128) + plan.batch) * 2 if plan.packed else units
+        self.units_shape = (plan.hq, all_units) if plan.packed else (plan.batch, plan.hq, units)
+        self.sinks_shape = (plan.batch, plan.hq, units)
+        rows = all_units * 64 if plan.packed else plan.sq
+        self.own_rows = [bshd_layout((1, plan.hq, rows, 0), n) for n in (plan.d, plan.dv)]  # of packed sequences
         self.row_values = 4 * 64 if f.HAS_RANGES else 2 * 64
-        s = (0, 0, 0) if dlse is None else dlse.stride()
+        s = (0, 0, 0) if dlse is None else (0, *dlse.stride()) if plan.packed else dlse.stride()
         numbers = (*strides(out), *strides(dout), *plan.qs, *s, *plan.ranges_strides, plan.hq, plan.sq, plan.sk, units,
-                   *plan.tail[:2])  # fmt: skip
+                   *plan.tail[:2], plan.max_q, all_units)  # fmt: skip
         grid = units * plan.hq * plan.batch
         self.rows = PortableLaunch(attn_bwd_hopper_rows, grid, numbers, (width, dlse is not None, f))
 
         seen_strides: tuple[int, ...] = (0, 0)
         self.key_plans, self.keys_seen = _KeyPlans(plan, f), None
-        count, grid = plan.grid(KEYS, plan.sk, plan.hkv)
+        count, grid = plan.grid(KEYS, plan.max_k, plan.hkv)
         if plan.ranges_shape is not None:
             planes = plan.ranges_shape[0] * plan.ranges_shape[1]
             self.seen_shape = (planes, count * KEYS)
@@ -140,7 +155,7 @@ class _Steps:
             numbers = (plan.sq * 2, 2, plan.sq, plan.sk, *plan.tail[:2])
             self.keys_seen = PortableLaunch(attn_bwd_hopper_keys_seen, (count, planes, 1), numbers, (f,))
 
-        self.total_layout = bshd_layout(q.shape, plan.d)
+        self.total_layout = self.own_rows[0] if plan.packed else bshd_layout(q.shape, plan.d)
         total = torch.empty_strided(*self.total_layout, dtype=torch.float32, device="meta")
         columns = width if schedule.SUBS == 2 else width // 2
         described = [
@@ -148,26 +163,34 @@ class _Steps:
             tiles(k, KEYS, width),
             tiles(v, KEYS, width_v),
             tiles(dout, 64, width_v),
-            tiles(new_bshd(q), 64, width),
-            tiles(new_bshd(dout), 64, width_v),
+            tiles(self.clean(q, 0), 64, width),
+            tiles(self.clean(dout, 1), 64, width_v),
             tiles(total, 64, columns),
             tiles(new_bshd(k), KEYS, width),
             tiles(new_bshd(v), KEYS, width_v),
         ]
-        walk = plan.hq // plan.hkv * -(-plan.sq // block)  # steps of one key tile
+        walk = plan.hq // plan.hkv * -(-plan.max_q // block)  # steps of one key tile
         self.parts = (
             _parts(grid, walk, _multiprocessors(q.device)) if schedule.SPLIT is None else 1 + 2 * schedule.SPLIT
         )
         schedule = schedule._replace(SPLIT=self.parts > 1)
-        numbers = (*seen_strides, *self.key_plans.strides, *plan.other_strides[-3:], *plan.numbers()[-7:], count, units,
-                   *plan.tail, self.parts, plan.d, plan.dv)  # fmt: skip
+        numbers = (*seen_strides, *self.key_plans.strides, *plan.other_strides[-3:], *plan.numbers()[-7:], count,
+                   all_units, *plan.tail, self.parts, plan.d, plan.dv, plan.max_q, plan.max_k)  # fmt: skip
         constants = (f._replace(D=width, DV=width_v), schedule)
         self.main = Launch(attn_bwd_hopper_kernel, grid * self.parts, described, numbers, constants)
 
-        keys = plan.batch * plan.hkv * plan.sk
+        keys = (1 if plan.packed else plan.batch) * plan.hkv * plan.sk
         self.sizes = keys * plan.d, keys * plan.dv
         self.round = _rounding(plan.batch * plan.hq * plan.sq * plan.d, plan.scale)
+        if plan.packed:
+            counts = (plan.hq, plan.sq, units, plan.max_q)
+            grid = units * plan.hq * plan.batch
+            self.round = PortableLaunch(attn_bwd_hopper_round_packed, grid, (*counts, plan.scale), (plan.d, width))
         self.round_k, self.round_v = _rounding(self.sizes[0], plan.scale), _rounding(self.sizes[1], plan.keep_scale)
+
+    def clean(self, x: Tensor, which: int) -> Tensor:
+        """Memory for the units of q (0) or dout (1) that hold rows of no use, cleaned."""
+        return new_strided(x, self.own_rows[which]) if self.plan.packed else new_bshd(x)
 
     def run(
         self,
@@ -180,32 +203,38 @@ class _Steps:
         lse: Tensor,
         spec: Spec,
         needs: Needs,
+        varlen: Varlen | None,
     ) -> Gradients:
         """All gradients of one call."""
         plan, ranges, weight, sinks = self.plan, spec.key_ranges, spec.key_log_weight, spec.sinks
         rows = lse.new_empty((*self.units_shape, self.row_values))
         total = new_strided(lse, self.total_layout)
         dq, dk, dv = new_strided(q, plan.q_layout), new_strided(k, plan.k_layout), new_strided(v, plan.v_layout)
-        dsinks = None if sinks is None else lse.new_empty(self.units_shape)
+        dsinks = None if sinks is None else lse.new_empty(self.sinks_shape)
+        cu_q, cu_k = (None, None) if varlen is None else varlen[:2]
+        if varlen is not None:  # rows outside every sequence
+            for x in (dq, dk, dv):
+                x.zero_()
         clean_q, clean_dout, dirty = q, dout, None
         if self.sanitize:  # dq is written last: until then its memory serves
-            clean_q, clean_dout, dirty = dq, new_bshd(dout), lse.new_empty(self.units_shape, dtype=torch.int32)
-        self.rows([out, dout, q, lse, dlse, sinks, ranges, rows, dirty, clean_q, clean_dout, total, dsinks])
+            clean_q, clean_dout = self.clean(q, 0) if plan.packed else dq, self.clean(dout, 1)
+            dirty = lse.new_empty(self.units_shape, dtype=torch.int32)
+        self.rows([out, dout, q, lse, dlse, sinks, ranges, rows, dirty, clean_q, clean_dout, total, dsinks, cu_q])
         plans = seen = dw = None
         if ranges is not None and self.keys_seen is not None:
             plans = self.key_plans.run(ranges, None)
             seen = ranges.new_empty(self.seen_shape)
             self.keys_seen([ranges.contiguous(), plans, seen])
         if self.weighed:
-            dw = lse.new_zeros((plan.batch, plan.hkv, plan.sk))
-        sum_k = sum_v = None
+            dw = lse.new_zeros((plan.hkv, plan.sk) if plan.packed else (plan.batch, plan.hkv, plan.sk))
+        sum_k, sum_v = (dk, dv) if plan.packed else (None, None)
         if self.parts > 1:
             sum_k, sum_v = lse.new_zeros(sum(self.sizes)).split(self.sizes)
         self.main(
             [q, k, v, dout, clean_q, clean_dout, total, dk, dv],
-            [rows, dirty, seen, weight, spec.alibi_slopes, spec.dropout_seed, plans, dw, sum_k, sum_v],
+            [rows, dirty, seen, weight, spec.alibi_slopes, spec.dropout_seed, plans, dw, sum_k, sum_v, cu_q, cu_k],
         )
-        self.round([total, dq])
+        self.round([total, dq, cu_q] if plan.packed else [total, dq])
         if self.parts > 1:
             self.round_k([sum_k, dk])
             self.round_v([sum_v, dv])

@@ -3,16 +3,25 @@
 import triton
 import triton.language as tl
 
-from ..portable.common import LOG2E, load_parts, row_ranges, store_parts
+from ..portable.common import LOG2E, load_parts, row_ranges, sequence_bounds, store_parts
+
+
+@triton.jit
+def first_unit(start, sequence):
+    """Where the units of 64 rows of a packed sequence begin, among those of all.
+
+    Sequences begin at multiples of 128 rows there: what is beyond one's last row is nobody's, so it can be zeroed.
+    """
+    return (start // 128 + sequence) * 2
 
 
 @triton.jit(do_not_specialize=["HQ", "SQ", "SK", "units", "window_left", "window_right", "stride_lb", "stride_lh",
-                               "stride_lm", "stride_rb", "stride_rh", "stride_rm"])  # fmt: skip
+                               "stride_lm", "stride_rb", "stride_rh", "stride_rm", "max_q", "all_units"])  # fmt: skip
 def attn_bwd_hopper_rows(o_ptr, do_ptr, q_ptr, lse_ptr, dlse_ptr, sinks_ptr, ranges_ptr, rows_ptr, dirty_ptr,
-                         clean_q_ptr, clean_do_ptr, total_ptr, dsink_ptr,
+                         clean_q_ptr, clean_do_ptr, total_ptr, dsink_ptr, cu_q_ptr,
                          stride_ob, stride_oh, stride_om, stride_db, stride_dh, stride_dm, stride_qb, stride_qh,
                          stride_qm, stride_lb, stride_lh, stride_lm, stride_rb, stride_rh, stride_rm, HQ, SQ, SK, units,
-                         window_left, window_right, WIDTH: tl.constexpr, HAS_DLSE: tl.constexpr,
+                         window_left, window_right, max_q, all_units, WIDTH: tl.constexpr, HAS_DLSE: tl.constexpr,
                          F: tl.constexpr):  # fmt: skip
     """What the fused kernel asks of 64 query rows (one unit): lse in base 2, delta and, with key_ranges, the keys
     [lo, hi) that each row sees, as float32. Also zeros for dQ's sums, and this unit's share of dsink.
@@ -20,6 +29,9 @@ def attn_bwd_hopper_rows(o_ptr, do_ptr, q_ptr, lse_ptr, dlse_ptr, sinks_ptr, ran
     See portable/backward.py, attn_bwd_prepare, for the formulas. Rows past SQ get lse +inf: weights of 0. A unit with
     a row that sees no key is ``dirty``: q and dout of such a row may hold NaN, so the unit is copied with zeros in
     their place. ``WIDTH`` is the power of two that holds a head dim. Grid: units * HQ * B.
+
+    For VARLEN there are ``all_units`` a head, and ``first_unit`` says which are a sequence's. Rows, sums and clean
+    copies lie in these; a unit that is not full of rows is dirty, because its other rows are a neighbour's.
     """
     ROWS: tl.constexpr = 64
     DV_PARTS: tl.constexpr = F.DV_PARTS
@@ -33,10 +45,30 @@ def attn_bwd_hopper_rows(o_ptr, do_ptr, q_ptr, lse_ptr, dlse_ptr, sinks_ptr, ran
     batch = (bh // HQ).to(tl.int64)
     head = (bh % HQ).to(tl.int64)
     row = unit * ROWS + tl.arange(0, ROWS)
-    valid = row < SQ
+    sq = SQ
+    slot = pid
+    lse_at = bh.to(tl.int64) * SQ
+    own_row = row  # of sums and clean copies
+    if F.VARLEN:
+        q_start, sq = sequence_bounds(cu_q_ptr, bh // HQ, SQ, max_q)
+        if unit >= (sq + 127) // 128 * 2:
+            if F.HAS_SINKS:
+                tl.store(dsink_ptr + pid, 0.0)
+            return
+        at_unit = first_unit(q_start, bh // HQ) + unit
+        slot = (bh % HQ) * all_units + at_unit
+        own_row = at_unit * ROWS + tl.arange(0, ROWS)
+        lse_at = head * SQ + q_start
+        o_ptr += q_start.to(tl.int64) * stride_om
+        do_ptr += q_start.to(tl.int64) * stride_dm
+        q_ptr += q_start.to(tl.int64) * stride_qm
+        dlse_ptr += q_start.to(tl.int64) * stride_lm
+        batch = batch * 0
+    valid = row < sq
+    own = (own_row >= 0) if F.VARLEN else valid
     out = load_parts(o_ptr + batch * stride_ob + head * stride_oh, row, valid, stride_om, DV, DV_PARTS, True)
     dout = load_parts(do_ptr + batch * stride_db + head * stride_dh, row, valid, stride_dm, DV, DV_PARTS, True)
-    lse = tl.load(lse_ptr + bh.to(tl.int64) * SQ + row, mask=valid, other=float("-inf"))
+    lse = tl.load(lse_ptr + lse_at + row, mask=valid, other=float("-inf"))
     delta = tl.zeros([ROWS], tl.float32)
     size = tl.zeros([ROWS], tl.float32)
     for i in tl.static_range(len(DV_PARTS)):
@@ -55,7 +87,7 @@ def attn_bwd_hopper_rows(o_ptr, do_ptr, q_ptr, lse_ptr, dlse_ptr, sinks_ptr, ran
         tl.store(dsink_ptr + pid, -tl.sum(share))
         # nothing but the sink: the keys it may have seen weigh below 2^-24 together
         empty = empty | ((lse == sink) & (size == 0.0))
-    at = rows_ptr + pid.to(tl.int64) * VALUES + tl.arange(0, ROWS)
+    at = rows_ptr + slot.to(tl.int64) * VALUES + tl.arange(0, ROWS)
     tl.store(at, tl.where(empty, float("inf"), lse * LOG2E))
     tl.store(at + ROWS, tl.where(empty, 0.0, delta))
     if F.HAS_RANGES:
@@ -66,18 +98,18 @@ def attn_bwd_hopper_rows(o_ptr, do_ptr, q_ptr, lse_ptr, dlse_ptr, sinks_ptr, ran
     first = (batch * SQ * HQ + head) * D  # in [B, S, H, D] memory
     stride = HQ.to(tl.int64) * D
     d = tl.arange(0, WIDTH)
-    total = total_ptr + first + row.to(tl.int64)[:, None] * stride + d[None, :]
-    tl.store(total, tl.zeros([ROWS, WIDTH], tl.float32), mask=valid[:, None] & (d < D)[None, :])
+    total = total_ptr + first + own_row.to(tl.int64)[:, None] * stride + d[None, :]
+    tl.store(total, tl.zeros([ROWS, WIDTH], tl.float32), mask=own[:, None] & (d < D)[None, :])
     if F.SANITIZE:
         use = valid & (empty == 0)
-        dirty = tl.sum((valid & empty).to(tl.int32)) > 0
-        tl.store(dirty_ptr + pid, dirty.to(tl.int32))
+        dirty = tl.sum((own & empty).to(tl.int32)) > 0  # lse of a row past the end is -inf
+        tl.store(dirty_ptr + slot, dirty.to(tl.int32))
         if dirty:
             q = load_parts(q_ptr + batch * stride_qb + head * stride_qh, row, use, stride_qm, D, D_PARTS, True)
-            store_parts(clean_q_ptr + first, row, valid, stride, q, D, D_PARTS)
+            store_parts(clean_q_ptr + first, own_row, own, stride, q, D, D_PARTS)
             do = load_parts(do_ptr + batch * stride_db + head * stride_dh, row, use, stride_dm, DV, DV_PARTS, True)
             clean_do = clean_do_ptr + (batch * SQ * HQ + head) * DV
-            store_parts(clean_do, row, valid, HQ.to(tl.int64) * DV, do, DV, DV_PARTS)
+            store_parts(clean_do, own_row, own, HQ.to(tl.int64) * DV, do, DV, DV_PARTS)
 
 
 @triton.jit(do_not_specialize=["SQ", "SK", "window_left", "window_right", "stride_rp", "stride_rm"])
@@ -115,3 +147,22 @@ def attn_bwd_hopper_round(total_ptr, out_ptr, eighths, scale, BLOCK: tl.constexp
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(total_ptr + at, mask=at < count) * scale
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < count)
+
+
+@triton.jit(do_not_specialize=["HQ", "SQ", "units", "max_q"])
+def attn_bwd_hopper_round_packed(total_ptr, out_ptr, cu_q_ptr, HQ, SQ, units, max_q, scale, D: tl.constexpr,
+                                 WIDTH: tl.constexpr):  # fmt: skip
+    """dQ [Tq, HQ, D] of packed sequences from its float32 sums, which lie in units. Grid: units * HQ * B."""
+    ROWS: tl.constexpr = 64
+    pid = tl.program_id(0)
+    unit = pid % units
+    head = pid // units % HQ
+    sequence = pid // units // HQ
+    q_start, sq = sequence_bounds(cu_q_ptr, sequence, SQ, max_q)
+    if unit * ROWS < sq:
+        row = unit * ROWS + tl.arange(0, ROWS)
+        d = tl.arange(0, WIDTH)
+        own = ((first_unit(q_start, sequence) * ROWS + row).to(tl.int64) * HQ + head)[:, None] * D + d[None, :]
+        at = ((q_start + row).to(tl.int64) * HQ + head)[:, None] * D + d[None, :]
+        ok = (row < sq)[:, None] & (d < D)[None, :]
+        tl.store(out_ptr + at, (tl.load(total_ptr + own, mask=ok) * scale).to(out_ptr.dtype.element_ty), mask=ok)

@@ -20,6 +20,7 @@ from ..tuning import architecture
 from . import backward_launch as fused
 from .forward import attn_fwd_hopper_kernel
 from .plan import HopperConfig, Launch, tiles, tma_problem, variant
+from .untimed import taken, untimed
 
 MAX_HEAD_DIM = 256
 LAUNCH_REGISTERS = 160  # for two consumer warpgroups and the producer's, before they trade registers
@@ -133,20 +134,33 @@ def idle_counters(q: Tensor) -> Tensor:
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: Spec,
-    needs: Needs, deterministic: bool, varlen: Varlen | None = None,
+    needs: Needs, deterministic: bool, varlen: Varlen | None = None, named: bool = True,
 ) -> Gradients:  # fmt: skip
-    """The gradients that ``needs`` names: by the fused kernel where it runs, else by the portable ones."""
-    if not backward_reasons(q, k, v, spec, needs, deterministic, varlen):
+    """The gradients that ``needs`` names: by the fused kernel where it runs, else by the portable ones.
+
+    ``named`` says that ``impl="hopper"`` asked for these kernels: see untimed.py.
+    """
+    if not backward_reasons(q, k, v, spec, needs, deterministic, varlen, named):
         return fused.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen)
     return portable.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen)
 
 
 def backward_reasons(
-    q: Tensor, k: Tensor, v: Tensor, spec: Spec, needs: Needs, deterministic: bool, varlen: Varlen | None = None
-) -> list[str]:
+    q: Tensor, k: Tensor, v: Tensor, spec: Spec, needs: Needs, deterministic: bool, varlen: Varlen | None = None,
+    named: bool = True,
+) -> list[str]:  # fmt: skip
     """Why the fused backward does not run, kept with the plan."""
     kept = plan_of(q, k, v, spec, varlen).launches
-    key = ("hopper-bwd-unsupported", needs, deterministic)
+    key = ("hopper-bwd-unsupported", needs, deterministic, named)
     if key not in kept:
         kept[key] = fused.unsupported_backward(q, k, v, spec, needs, deterministic, varlen)
+        if varlen is not None and not taken("packed backward", named):
+            kept[key] = [*kept[key], untimed("packed backward")]
     return kept[key]
+
+
+def notes(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None, named: bool) -> list[str]:
+    """What there is to know of a call that these kernels take: why its backward is the portable one."""
+    needs = Needs(dkey_log_weight=spec.key_log_weight is not None, dsinks=spec.sinks is not None)
+    reasons = backward_reasons(q, k, v, spec, needs, torch.are_deterministic_algorithms_enabled(), varlen, named)
+    return [f"backward by the portable kernels: {reason}" for reason in reasons]

@@ -1,0 +1,21 @@
+"""What ``impl="auto"`` takes of the forms that compile for sm_90 and run in the emulator, and that no GPU has timed.
+
+``impl="hopper"`` takes them all. To let ``auto`` take one that was measured, write True; what it replaces stays where
+the table below it names it.
+"""
+
+from __future__ import annotations
+
+AUTO_TAKES = {
+    "packed backward": False,  # the fused backward of packed sequences; else the portable pair
+}
+
+
+def taken(form: str, named: bool) -> bool:
+    """Whether a call takes the form: always where ``impl="hopper"`` names the back end, else as the table says."""
+    return named or AUTO_TAKES[form]
+
+
+def untimed(form: str) -> str:
+    """Why ``auto`` leaves it."""
+    return f"{form}: compiled and emulated, not timed on a GPU yet; impl='hopper' takes it"

@@ -54,7 +54,7 @@ def _hopper_forward(
 ) -> tuple[Tensor, Tensor]:
     from .hopper.launch import run_forward
 
-    return run_forward(plan, q, k, v, spec, varlen)
+    return run_forward(plan, q, k, v, spec, varlen, None, False)
 
 
 def backward(

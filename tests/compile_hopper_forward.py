@@ -1,7 +1,8 @@
 """Compiles the Hopper forward for sm_90 where there is no GPU; prints what each variant costs, a JSON line each.
 
 A process of its own, because tests may have imported the portable kernels for the interpreter. The real launch code
-runs on small CPU tensors (see benchmarks/compile_matrix.py); names of variants are the arguments: 128-causal-4096.
+runs on small CPU tensors (see benchmarks/compile_matrix.py); names of variants are the arguments: 128-causal-4096. Without a
+"+" behind it a variant is what ``auto`` takes, with one what ``impl="hopper"`` does.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.compile_matrix import OfflineDriver, cubin_resources
 from hf_flash_mc.ops.hopper import launch
 from hf_flash_mc.ops.hopper import plan as hopper_plan
+from hf_flash_mc.ops.portable.plan import plan_of
 from hf_flash_mc.ops.spec import Spec, Varlen
 
 B, H = 1, 2
@@ -59,7 +61,7 @@ def costs(head_dim: int, name: str, s: int) -> dict[str, Any]:
         found[self.__name__] = kernel = run(self, *args, grid=grid, warmup=True, **options)
         return kernel
 
-    options, packed = feature(name, s)
+    options, packed = feature(name.removesuffix("+"), s)
     q, k, v = (torch.zeros(B, s, H, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
     varlen = None
     if packed:
@@ -71,7 +73,8 @@ def costs(head_dim: int, name: str, s: int) -> dict[str, Any]:
         mock.patch.object(launch, "EMULATED", True),
         mock.patch.object(hopper_plan, "_runner", return_value=None),
     ):
-        launch.forward(q, k, v, Spec(**options), varlen)
+        spec = Spec(**options)
+        launch.run_forward(plan_of(q, k, v, spec, varlen), q, k, v, spec, varlen, None, name.endswith("+"))
     kernel = found["attn_fwd_hopper_kernel"]
     registers, spills, unset = cubin_resources(kernel.asm["cubin"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -72,6 +72,7 @@ CASES = [
     Case(**{**BF16, "D": 72, "Dv": 40}, Sq=70, Sk=130, causal=True),
     Case(**BF16, Sq=150, Sk=150, causal=True, key_ranges="packed", softcap=3.0, sinks=True, alibi="h",
          key_log_weight="h-", dropout_p=0.2, scale=0.3, poison=True),
+    Case(**{**BF16, "dtype": torch.float16}, Sq=70, Sk=130, causal=True, softcap=3.0),
     Case(**BF16, varlen=((70, 70), (0, 5), (130, 200), (1, 0), (30, 30)), dlse=True),
     Case(**{**BF16, "D": 128}, varlen=((70, 130), (130, 70), (65, 64)), causal=True, poison=True),
     Case(**BF16, varlen=((70, 130), (130, 70)), causal=True, window=(50, None), sinks=True, poison=True),

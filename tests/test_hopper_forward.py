@@ -25,6 +25,7 @@ from hf_flash_mc.ops import auto
 from hf_flash_mc.ops.hopper import forward, launch, untimed
 from hf_flash_mc.ops.hopper.plan import HopperConfig
 from hf_flash_mc.ops.portable import plan
+from hf_flash_mc.ops.portable.common import RECIPROCAL_CAP
 
 BF16 = {"dtype": torch.bfloat16, "B": 1, "Hq": 2, "Hkv": 1, "D": 64, "strides": "bshd"}
 TWO, THREE = HopperConfig(2, 64, 2, True), HopperConfig(3, 64, 2, False)
@@ -99,6 +100,22 @@ def test_the_table_itself() -> None:
     """The tile sizes that users get."""
     run_forward(Case(**{**BF16, "D": 128}, Sq=300, Sk=300, causal=True), None)
     run_forward(dataclasses.replace(CASES[5], Sq=300, Sk=300), None)
+
+
+STAGED = HopperConfig(2, 32, 2, True, staged=True)
+UNTIMED = [
+    (Case(**BF16, Sq=130, Sk=130, causal=True, softcap=2.0), None),
+    (Case(**{**BF16, "dtype": torch.float16}, Sq=70, Sk=130, causal=True, softcap=3.0), None),
+    (Case(**BF16, Sq=70, Sk=130, softcap=3.0, alibi="h"), TWO._replace(cap_form=RECIPROCAL_CAP)),
+    (Case(**{**BF16, "B": 2, "Hq": 4, "Hkv": 2}, Sq=140, Sk=300, key_log_weight="bh-", causal=True, poison=True), STAGED),
+    (Case(**{**BF16, "D": 128}, Sq=70, Sk=300, key_log_weight="h", softcap=3.0), None),
+    (Case(**BF16, varlen=((70, 170), (190, 60)), key_ranges="packed", key_log_weight="h-", sinks=True), STAGED),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "config"), UNTIMED, ids=str)
+def test_what_only_the_named_back_end_takes(case: Case, config: HopperConfig | None) -> None:
+    run_forward(case, config)
 
 
 RELEASE = "bar_arrive(K_FREE + stage, GROUPS * 128 + 32)"

@@ -45,6 +45,7 @@ class Schedule(NamedTuple):
     K_REGS: bool = False  # keys as a register operand: less traffic in shared memory
     SPLIT: bool | None = None  # programs share a key tile and add dK, dV into float32; None: as the grid asks
     REGS: int = 240
+    CAP_FORM: int = 0  # of softcap: see capped, in portable/common.py
 
 
 @gluon.jit

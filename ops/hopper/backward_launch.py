@@ -19,7 +19,8 @@ from .backward_rows import (
     attn_bwd_hopper_round_packed,
     attn_bwd_hopper_rows,
 )
-from .plan import Launch, padded, tiles, tma_problem
+from .plan import Launch, cap_form, padded, tiles, tma_problem
+from .untimed import taken
 
 HEAD_DIMS = (40, 128)  # below, padding to 64 wastes more than the fused form saves
 KEYS = 128  # of one program
@@ -71,6 +72,7 @@ def unsupported_backward(
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: Spec,
     needs: Needs, deterministic: bool, varlen: Varlen | None = None, configs: Configs | None = None,
+    named: bool = True,
 ) -> Gradients:  # fmt: skip
     """The gradients that ``needs`` names, for a call that ``unsupported_backward`` finds no reason against.
 
@@ -84,12 +86,12 @@ def backward(
     schedule = configs.get("bwd") if configs else None
     weighed = needs.dkey_log_weight and spec.key_log_weight is not None
     key = (
-        "hopper-bwd", schedule, weighed, dout.stride(), out.stride(),
+        "hopper-bwd", schedule, weighed, named, dout.stride(), out.stride(),
         None if dlse is None else (dlse.stride(), dlse.dtype),
     )  # fmt: skip
     steps = plan.launches.get(key)
     if steps is None:
-        steps = plan.launches[key] = _Steps(plan, q, k, v, dout, out, dlse, weighed, schedule)
+        steps = plan.launches[key] = _Steps(plan, q, k, v, dout, out, dlse, weighed, schedule, named)
     return steps.run(dout, dlse, q, k, v, out, lse, spec, needs, varlen)
 
 
@@ -121,15 +123,18 @@ class _Steps:
         dlse: Tensor | None,
         weighed: bool,
         schedule: Schedule | None,
+        named: bool,
     ):
         width, width_v = padded(plan.d), padded(plan.dv)
         widest = max(width, width_v)
         shipped = DROPOUT_64 if widest == 64 and plan.keep_scale != 1 else SCHEDULES[widest]
+        if plan.softcap > 0 and taken("softcap", named):
+            shipped = shipped._replace(CAP_FORM=cap_form(plan.dtype))
         schedule = schedule or tuned("hopper_bwd", plan, Schedule) or shipped
         block = 64 * schedule.SUBS
         f = features(Config(block, KEYS, 4, 1), plan.d, plan.dv, plan.flags, weight_grad=weighed)
         # a packed sequence's last tile reads its neighbour's rows, which may be NaN
-        f = f._replace(SANITIZE=f.SANITIZE or plan.packed)
+        f = f._replace(SANITIZE=f.SANITIZE or plan.packed, CAP_FORM=schedule.CAP_FORM)
         self.plan, self.weighed, self.sanitize = plan, weighed, f.SANITIZE
         units = -(-plan.max_q // 128) * 2  # of 64 rows: a whole number of the largest tiles
         # packed sequences begin at such a number, whatever cu_seqlens says: see first_unit

@@ -28,6 +28,7 @@ class Cut(NamedTuple):
     LOGITS: Features  # the features without key_log_weight, which the kernel adds itself
     SHARE: bool  # out is staged where the queries were, for want of room
     WHOLE_GROUPS: bool = True  # dropout's column offset is a multiple of 16
+    STAGED: bool = False  # the producer brings key_log_weight through shared memory, in base 2
 
 
 @gluon.jit
@@ -101,14 +102,14 @@ def hide(s, lo, hi, col, F: gl.constexpr):
 
 
 @gluon.jit
-def softmax_tile(s, m, l, scale_log2, F: gl.constexpr):
-    """One step of the online softmax in base 2 (see portable/common.py, softmax_step)."""
-    if F.PLAIN:
+def softmax_tile(s, m, l, scale_log2, FOLD: gl.constexpr):
+    """One step of the online softmax in base 2 (see portable/common.py, softmax_step); FOLD scales in the exponent."""
+    if FOLD:
         new = gl.maximum(m, gl.max(s, 1) * scale_log2)
     else:
         new = gl.maximum(m, gl.max(s, 1))
     safe = gl.where(new == float("-inf"), 0.0, new)  # a row that has met nothing yet
-    if F.PLAIN:
+    if FOLD:
         p = gl.exp2(s * scale_log2 - safe[:, None])
     else:
         p = gl.exp2(s - safe[:, None])
@@ -117,12 +118,15 @@ def softmax_tile(s, m, l, scale_log2, F: gl.constexpr):
 
 
 @gluon.jit
-def weigh(s, weight, removed):
-    """Base-2 logits plus key_log_weight [N]; ``removed`` says that some of these weights are -inf.
+def weigh(s, weight, removed, STAGED: gl.constexpr):
+    """Base-2 logits plus key_log_weight [N], in base 2 where STAGED; ``removed``: some of these weights are -inf.
 
     A removed key may hold NaN, and NaN - inf is NaN.
     """
-    s = s + (weight * LOG2E)[None, :]
+    if STAGED:
+        s = s + weight[None, :]
+    else:
+        s = s + (weight * LOG2E)[None, :]
     if removed:
         s = gl.where((weight == float("-inf"))[None, :], float("-inf"), s)
     return s

@@ -11,6 +11,7 @@ products while another computes exponentials.
 from ..portable.common import (
     LN2,
     LOG2E,
+    capped,
     dropout_keep,
     dropout_keep_at,
     head_terms,
@@ -59,8 +60,37 @@ def _item(t, HQ, SQ, SK, max_q, tiles, cu_q_ptr, cu_k_ptr, F: gl.constexpr):
 
 
 @gluon.jit
-def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, barriers, record_s, pointers, strides, sizes, window,
-             total):  # fmt: skip
+def _lane_weights(weight_ptr, n0, sk, F: gl.constexpr):
+    """key_log_weight of a tile's keys in base 2 [BLOCK_N], for one warp."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([F.BLOCK_N // 32], [32], [1], [0])
+    col = n0 + gl.arange(0, F.BLOCK_N, layout=LAYOUT)
+    return gl.load(weight_ptr + col, mask=col < sk, other=0.0).to(gl.float32) * LOG2E
+
+
+@gluon.jit
+def _stage_weights(weights_s, slot, weight):
+    """A tile's weights, and whether one of them is -inf, for the consumers. There is a slot more than stages of K:
+
+    when a stage of K is free, everybody is done with the softmax of the tile before the one that was in it.
+    """
+    values_s, removed_s = weights_s
+    values_s.index(slot).store(weight)
+    one = gl.zeros([1], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+    removed_s.index(slot).store(one + (gl.min(weight, 0) == float("-inf")).to(gl.int32))
+
+
+@gluon.jit
+def _staged_weights(weights_s, count, LAYOUT: gl.constexpr, C: gl.constexpr):
+    """What ``_stage_weights`` staged for the tile that is ``count`` over all items."""
+    values_s, removed_s = weights_s
+    slot = count % (C.STAGES + 1)
+    removed = gl.sum(removed_s.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    return values_s.index(slot).load(LAYOUT), removed != 0
+
+
+@gluon.jit
+def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, weights_s, barriers, record_s, pointers, strides, sizes,
+             window, total):  # fmt: skip
     """The producer warp: takes items, and loads the queries once and K and V of every tile as stages come free."""
     GROUPS: gl.constexpr = C.GROUPS
     STAGES: gl.constexpr = C.STAGES
@@ -68,8 +98,8 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, barriers, record_s
     q_desc, k_desc, v_desc = descs
     q_s, k_s, v_s = memory
     q_full, k_full, v_full, item_full, item_empty = barriers
-    ranges_ptr, cu_q_ptr, cu_k_ptr, counter_ptr = pointers
-    stride_rb, stride_rh, stride_rm = strides
+    ranges_ptr, weight_ptr, cu_q_ptr, cu_k_ptr, counter_ptr = pointers
+    stride_rb, stride_rh, stride_rm, stride_wb, stride_wh = strides
     HQ, GROUP, SQ, SK, max_q, tiles = sizes
     window_left, window_right = window
     t = gl.program_id(0)
@@ -102,12 +132,22 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, barriers, record_s
             for g in gl.static_range(GROUPS):
                 tma_load(q_desc, [tma_batch, head, q_start + row_start + g * 64, 0], q_full, q_s.index(g))
             head_k = head // GROUP
+            weights = weight_ptr + head_k.to(gl.int64) * stride_wh
+            if F.VARLEN:
+                weights += k_start
+            else:
+                weights += batch.to(gl.int64) * stride_wb
             for i in range(masked + full_tiles + 1):  # V a tile behind K, as they are used
                 if i < masked + full_tiles:
                     stage = count % STAGES
                     n0 = k_start + tile_start(i, plan, BLOCK_N)
+                    if C.STAGED:
+                        weight = _lane_weights(weights, n0 - k_start, sk, F)
                     if count >= STAGES:
                         bar_sync(K_FREE + stage, GROUPS * 128 + 32)
+                    if C.STAGED:
+                        _stage_weights(weights_s, count % (STAGES + 1), weight)
+                        mbarrier.arrive(k_full.index(stage), count=1)
                     mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
                     tma_load(k_desc, [tma_batch, head_k, n0, 0], k_full.index(stage), k_s.index(stage))
                     count += 1
@@ -225,13 +265,19 @@ def _tile_softmax(s, m, l, n0, masked, lo, hi, row, weight, removed, terms, rule
     scale, softcap, slope, dropout = terms
     _, _, sq, sk, _, _ = rules
     col = n0 + gl.arange(0, F.BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
-    if not F.PLAIN:
+    CAPPED: gl.constexpr = F.CAP_FORM > 0 and not (F.HAS_ALIBI or F.HAS_WEIGHT)
+    FOLD: gl.constexpr = F.PLAIN or CAPPED
+    scale_log2 = scale * LOG2E
+    if CAPPED:
+        s = capped(s * (scale / softcap), F)
+        scale_log2 = softcap * LOG2E
+    elif not F.PLAIN:
         s, _ = tile_logits(s, row[:, None], col[None, :], scale, softcap, slope, None, 0, 0, None, sq, sk, LOGITS)
         if F.HAS_WEIGHT:
-            s = weigh(s, weight, removed)
+            s = weigh(s, weight, removed, C.STAGED)
     if masked:
         s = hide(s, lo, hi, col, F)
-    p, m, l, alpha = softmax_tile(s, m, l, scale * LOG2E, F)
+    p, m, l, alpha = softmax_tile(s, m, l, scale_log2, FOLD)
     if F.HAS_DROPOUT:
         seed, head, index, off_m, off_n, threshold = dropout
         if C.WHOLE_GROUPS:  # known of n0 + off_n here, and not by the compiler: it finds a quarter of the calls
@@ -270,7 +316,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
     ROW: gl.constexpr = gl.SliceLayout(1, LS)
     COL: gl.constexpr = gl.SliceLayout(0, LS)
     ROW_O: gl.constexpr = gl.SliceLayout(1, LO)
-    q_s, k_s, v_s, o_s = memory
+    q_s, k_s, v_s, o_s, weights_s = memory
     q_full, k_full, v_full, item_full, item_empty, cleaned = barriers
     ranges_ptr, weight_ptr, slopes_ptr, sinks_ptr, seed_ptr, o_ptr, lse_ptr = pointers
     stride_rb, stride_rh, stride_rm, stride_wb, stride_wh, stride_ab = strides
@@ -333,9 +379,12 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             if n_tiles == 1:
                 bar_arrive(Q_FREE, GROUPS * 128 + 32)
         n0 = tile_start(0, plan, BLOCK_N)
-        weight = _tile_weights(weights, n0, sk, COL, F)
-        removed = _any_removed(weight, F)
-        coming = _tile_weights(weights, tile_start(1, plan, BLOCK_N), sk, COL, F)
+        if C.STAGED:
+            weight, removed = _staged_weights(weights_s, count, COL, C)
+        else:
+            weight = _tile_weights(weights, n0, sk, COL, F)
+            removed = _any_removed(weight, F)
+            coming = _tile_weights(weights, tile_start(1, plan, BLOCK_N), sk, COL, F)
         p, m, l, alpha = _tile_softmax(s, m, l, n0, masked > 0, lo, hi, row, weight, removed, terms, rules, LS, F, C)
         pd = gl.convert_layout(p.to(dtype), LP)
         for i in range(1, n_tiles):
@@ -353,10 +402,13 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             if C.TURNS:
                 bar_arrive(TURN + (GROUP + 1) % GROUPS, 256)
             n0 = tile_start(i, plan, BLOCK_N)
-            weight = coming
-            removed = _any_removed(weight, F)
-            coming = _tile_weights(weights, tile_start(i + 1, plan, BLOCK_N), sk, COL, F)  # a tile ahead
+            if not C.STAGED:
+                weight = coming
+                removed = _any_removed(weight, F)
+                coming = _tile_weights(weights, tile_start(i + 1, plan, BLOCK_N), sk, COL, F)  # a tile ahead
             s = warpgroup_mma_wait(1, deps=(s,))
+            if C.STAGED:
+                weight, removed = _staged_weights(weights_s, count + 1, COL, C)
             bar_arrive(K_FREE + stage, GROUPS * 128 + 32)
             if not C.SHARE:  # noqa: SIM102
                 if i == n_tiles - 1:
@@ -478,21 +530,28 @@ def attn_fwd_hopper_kernel(q_desc, k_desc, v_desc, o_desc, ranges_ptr, weight_pt
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     cleaned = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    weights_s = (0, 0)
+    if C.STAGED:
+        PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        values_s = gl.allocate_shared_memory(gl.float32, [STAGES + 1, BLOCK_N], PLAIN)
+        removed_s = gl.allocate_shared_memory(gl.int32, [STAGES + 1, 1], PLAIN)
+        weights_s = (values_s, removed_s)
     mbarrier.init(q_full, count=1)
     mbarrier.init(item_full, count=1)
     mbarrier.init(item_empty, count=GROUPS)
     for i in gl.static_range(STAGES):
         mbarrier.init(cleaned.index(i), count=1)
-        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_full.index(i), count=2 if C.STAGED else 1)
         mbarrier.init(v_full.index(i), count=1)
     fence_async_shared()
 
     loads = (q_full, k_full, v_full, item_full, item_empty)
-    produced = ((q_desc, k_desc, v_desc), (q_s, k_s, v_s), loads, record_s,
-                (ranges_ptr, cu_q_ptr, cu_k_ptr, counter_ptr), (stride_rb, stride_rh, stride_rm),
+    produced = ((q_desc, k_desc, v_desc), (q_s, k_s, v_s), weights_s, loads, record_s,
+                (ranges_ptr, weight_ptr, cu_q_ptr, cu_k_ptr, counter_ptr),
+                (stride_rb, stride_rh, stride_rm, stride_wb, stride_wh),
                 (HQ, GROUP, SQ, SK, max_q, tiles), (window_left, window_right), total)  # fmt: skip
     numbers = (scale, softcap, keep_scale, window_left, window_right, threshold, off_b, off_h, off_m, off_n)
-    consumed = (o_desc, (q_s, k_s, v_s, o_s), loads + (cleaned,), record_s,
+    consumed = (o_desc, (q_s, k_s, v_s, o_s, weights_s), loads + (cleaned,), record_s,
                 (ranges_ptr, weight_ptr, slopes_ptr, sinks_ptr, seed_ptr, o_ptr, lse_ptr),
                 (stride_rb, stride_rh, stride_rm, stride_wb, stride_wh, stride_ab),
                 (HQ, GROUP, SQ, SK), numbers)  # fmt: skip

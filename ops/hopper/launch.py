@@ -74,13 +74,14 @@ def forward(
 
 
 def run_forward(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None, config: HopperConfig | None = None
-) -> tuple[Tensor, Tensor]:
-    """The forward of a call that is known to be supported."""
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None, config: HopperConfig | None = None,
+    named: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The forward of a call that is known to be supported; ``named`` as in ``backward``."""
     out, lse = new_strided(q, plan.out_layout), new_strided(q, plan.lse_layout, torch.float32)
-    launch = plan.launches.get(("hopper-fwd", config))
+    launch = plan.launches.get(("hopper-fwd", config, named))
     if launch is None:
-        launch = plan.launches["hopper-fwd", config] = _forward_launch(plan, q, k, v, out, config)
+        launch = plan.launches["hopper-fwd", config, named] = _forward_launch(plan, q, k, v, out, config, named)
     cu_q = cu_k = None
     if varlen is not None:  # rows outside every sequence
         out.zero_()
@@ -92,8 +93,10 @@ def run_forward(
     return out, lse
 
 
-def _forward_launch(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, config: HopperConfig | None) -> Launch:
-    f, cut, config = variant(plan, config)
+def _forward_launch(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, config: HopperConfig | None, named: bool
+) -> Launch:
+    f, cut, config = variant(plan, config, named)
     count, total = plan.grid(f.BLOCK_M, plan.max_q, plan.hq)
     described = [tiles(q, 64, cut.D), tiles(k, f.BLOCK_N, cut.D), tiles(v, f.BLOCK_N, cut.DV), tiles(out, 64, cut.DV)]
     weight_strides = plan.other_strides[8:]
@@ -141,7 +144,7 @@ def backward(
     ``named`` says that ``impl="hopper"`` asked for these kernels: see untimed.py.
     """
     if not backward_reasons(q, k, v, spec, needs, deterministic, varlen, named):
-        return fused.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen)
+        return fused.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen, None, named)
     return portable.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen)
 
 
@@ -163,4 +166,6 @@ def notes(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None, na
     """What there is to know of a call that these kernels take: why its backward is the portable one."""
     needs = Needs(dkey_log_weight=spec.key_log_weight is not None, dsinks=spec.sinks is not None)
     reasons = backward_reasons(q, k, v, spec, needs, torch.are_deterministic_algorithms_enabled(), varlen, named)
-    return [f"backward by the portable kernels: {reason}" for reason in reasons]
+    found = [f"backward by the portable kernels: {reason}" for reason in reasons]
+    asked = {"softcap": spec.softcap > 0, "key_log_weight": spec.key_log_weight is not None}
+    return found + [untimed(form) for form, given in asked.items() if given and not taken(form, named)]

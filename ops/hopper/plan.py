@@ -10,11 +10,12 @@ import triton
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..portable.common import Features
+from ..portable.common import APPROXIMATE_CAP, EXACT_CAP, RECIPROCAL_CAP, Features
 from ..portable.plan import Plan, features
 from ..tuning import Config, tuned
 from .common import GROUP_ROWS, Cut
 from .shim import gl
+from .untimed import taken
 
 ELEMENT = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
@@ -29,6 +30,8 @@ class HopperConfig(NamedTuple):
     split: bool = True
     registers: int = 240
     programs: int = 1  # on one multiprocessor
+    staged: bool = False  # key_log_weight comes through shared memory
+    cap_form: int = EXACT_CAP  # of softcap: see capped, in portable/common.py
 
 
 # By padded head dim. Three warpgroups share a tile of keys between 192 rows, where walks are long and 192 divides well.
@@ -42,34 +45,52 @@ LONG_64 = HopperConfig(3, 128, 3, True, registers=160)
 WEIGHT = USUAL | {128: HopperConfig(2, 64, 3, True)}
 DROPOUT = {64: HopperConfig(2, 128, 3, True), 128: HopperConfig(2, 64, 3, True), 256: HopperConfig(2, 32, 2, True)}
 
+# what untimed.py speaks of
+STAGED = {64: HopperConfig(2, 128, 3, True, staged=True), 128: HopperConfig(2, 128, 2, True, staged=True),
+          256: HopperConfig(2, 64, 2, True, staged=True)}  # fmt: skip
+
+
+def cap_form(dtype: torch.dtype) -> int:
+    """The cheapest form of softcap that holds the error bound."""
+    return APPROXIMATE_CAP if dtype == torch.bfloat16 else RECIPROCAL_CAP
+
 
 def padded(d: int) -> int:
     """Head dims run as powers of two from 64: the tensor memory accelerator reads zeros past the end of a row."""
     return max(64, 1 << (d - 1).bit_length())
 
 
-def default_config(f: Features, plan: Plan) -> HopperConfig:
-    """The table's configuration for a call with these features and lengths. Measured on an H100."""
+def default_config(f: Features, plan: Plan, named: bool = False) -> HopperConfig:
+    """The table's configuration for a call with these features and lengths. Measured on an H100, but for untimed.py."""
+    config = _default_config(f, plan, named)
+    if f.HAS_SOFTCAP and taken("softcap", named):
+        config = config._replace(cap_form=cap_form(plan.dtype))
+    return config
+
+
+def _default_config(f: Features, plan: Plan, named: bool) -> HopperConfig:
     width = max(padded(f.D), padded(f.DV))
     if f.HAS_DROPOUT:
         return DROPOUT[width]
     if f.HAS_WEIGHT:
-        return WEIGHT[width]
+        return (STAGED if taken("key_log_weight", named) else WEIGHT)[width]
     bounded = f.CAUSAL or f.HAS_LEFT or f.HAS_RIGHT or f.HAS_RANGES or f.VARLEN
     if width == 64 and not f.HAS_SOFTCAP and plan.max_k >= (8192 if bounded else 2048) and not f.HAS_LEFT:
         return LONG_64
     return USUAL[width]
 
 
-def variant(plan: Plan, config: HopperConfig | None = None) -> tuple[Features, Cut, HopperConfig]:
+def variant(plan: Plan, config: HopperConfig | None = None, named: bool = False) -> tuple[Features, Cut, HopperConfig]:
     """The two constexprs of a call's forward kernel."""
     d, dv = padded(plan.d), padded(plan.dv)
     f = features(Config(64, 64, 4, 1, True), plan.d, plan.dv, plan.flags, cut=lambda n: (padded(n),))
-    config = config or tuned("hopper_fwd", plan, HopperConfig) or default_config(f, plan)
+    config = config or tuned("hopper_fwd", plan, HopperConfig) or default_config(f, plan, named)
     # a packed sequence's last tile reads the neighbour's keys, which may be NaN
-    f = f._replace(BLOCK_M=GROUP_ROWS * config.groups, BLOCK_N=config.block_n, SANITIZE=f.SANITIZE or plan.packed)
+    f = f._replace(BLOCK_M=GROUP_ROWS * config.groups, BLOCK_N=config.block_n, SANITIZE=f.SANITIZE or plan.packed,
+                   CAP_FORM=config.cap_form)  # fmt: skip
     cut = Cut(d, dv, config.groups, config.stages, config.turns, config.split, config.registers,
-              f._replace(HAS_WEIGHT=False), d == dv == 256, plan.tail[-1] % 16 == 0)  # fmt: skip
+              f._replace(HAS_WEIGHT=False), d == dv == 256, plan.tail[-1] % 16 == 0,
+              config.staged and f.HAS_WEIGHT)  # fmt: skip
     return f, cut, config
 
 

@@ -107,7 +107,8 @@ UNTIMED = [
     (Case(**BF16, Sq=130, Sk=130, causal=True, softcap=2.0), None),
     (Case(**{**BF16, "dtype": torch.float16}, Sq=70, Sk=130, causal=True, softcap=3.0), None),
     (Case(**BF16, Sq=70, Sk=130, softcap=3.0, alibi="h"), TWO._replace(cap_form=RECIPROCAL_CAP)),
-    (Case(**{**BF16, "B": 2, "Hq": 4, "Hkv": 2}, Sq=140, Sk=300, key_log_weight="bh-", causal=True, poison=True), STAGED),
+    (Case(**{**BF16, "B": 2, "Hq": 4, "Hkv": 2}, Sq=140, Sk=300, key_log_weight="bh-", causal=True, poison=True),
+     STAGED),
     (Case(**{**BF16, "D": 128}, Sq=70, Sk=300, key_log_weight="h", softcap=3.0), None),
     (Case(**BF16, varlen=((70, 170), (190, 60)), key_ranges="packed", key_log_weight="h-", sinks=True), STAGED),
 ]  # fmt: skip

@@ -1,8 +1,8 @@
 """Compiles the Hopper forward for sm_90 where there is no GPU; prints what each variant costs, a JSON line each.
 
 A process of its own, because tests may have imported the portable kernels for the interpreter. The real launch code
-runs on small CPU tensors (see benchmarks/compile_matrix.py); names of variants are the arguments: 128-causal-4096. A feature
-without a "+" behind it is what ``auto`` takes, with one (128-softcap+-4096) what ``impl="hopper"`` does.
+runs on small CPU tensors (see benchmarks/compile_matrix.py); names of variants are the arguments: 128-causal-4096.
+A feature without a "+" behind it is what ``auto`` takes, with one (128-softcap+-4096) what ``impl="hopper"`` does.
 """
 
 from __future__ import annotations

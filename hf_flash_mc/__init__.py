@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:
         return import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    of_ops = name.endswith(("attention", "_varlen", "_sequence"))
+    of_ops = name.endswith(("attention", "_varlen", "_paged", "_sequence"))
     home = "ops" if of_ops else "megacontext" if "mega" in name.lower() else "patches"
     return getattr(import_module(f"{__name__}.{home}"), name)
 

@@ -117,7 +117,11 @@ MUTANTS = {
         "mbarrier.wait(do_full.index(stage), phase)",
         "mbarrier.wait(do_full.index(stage), phase ^ 1)",
     ),
-    "warpgroups do not meet": ("            bar_sync(ALL, 256)\n", "            pass\n"),
+    "warpgroups do not meet": ("            bar_sync(ALL, 256)\n            dq_t", "            dq_t"),
+    "dK stored before both halves are written": (
+        "            bar_sync(ALL, 256)\n            if CID == 0:",
+        "            if CID == 0:",
+    ),
     "a half taken before it was given": (
         "            bar_sync(GIVEN + t % 2 * 2 + 1 - CID, 256)\n",
         "            pass\n",

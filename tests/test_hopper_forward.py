@@ -122,8 +122,9 @@ def test_what_only_the_named_back_end_takes(case: Case, config: HopperConfig | N
 RELEASE = "bar_arrive(K_FREE + stage, GROUPS * 128 + 32)"
 WAIT = "s = warpgroup_mma_wait(1, deps=(s,))"
 INDENT = "\n            "
+BETWEEN = f"{INDENT}if C.STAGED:{INDENT}    weight, removed = _staged_weights(weights_s, count + 1, COL, C){INDENT}"
 MUTATIONS = {
-    "keys-released-before-their-product-is-done": (f"{WAIT}{INDENT}{RELEASE}", f"{RELEASE}{INDENT}{WAIT}"),
+    "keys-released-before-their-product-is-done": (f"{WAIT}{BETWEEN}{RELEASE}", f"{RELEASE}{BETWEEN}{WAIT}"),
     "wrong-phase": ("((count + 1) // STAGES) & 1)", "(((count + 1) // STAGES) & 1) ^ 1)"),
     "values-loaded-over-values-in-use": ("if values >= STAGES:", "if values >= 99:"),
     "no-fence": (f"fence_async_shared(){INDENT}tma_store(", "tma_store("),

@@ -120,6 +120,11 @@ SMOKE = [  # every kind of cell in a size that a CPU takes in no time
     Cell("features", 16, True, 1, 2, 2, 24, 24, "recompute", ("backward",)),
     Cell("accuracy", 16, True, 1, 2, 2, 24, 24, "times30", ("forward",)),
 ]
+RING = [  # one sequence spread over ranks: grouped heads as in Llama 3, and every head with keys of its own
+    *(Cell("ring", 128, causal, 1, 32, 8, s, s) for s in (65536, 131072, 262144) for causal in (True, False)),
+    *(Cell("ring", 128, causal, 1, 16, 16, 65536, 65536) for causal in (True, False)),
+]
+RING_SMOKE = [Cell("ring", 16, causal, 2, 4, 2, 96, 96) for causal in (True, False)]
 
 
 def select(cells: list[Cell], patterns: list[str]) -> list[Cell]:

@@ -6,6 +6,7 @@ import csv
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -139,12 +140,13 @@ def commit() -> str | None:
     return head.strip() + ("-dirty" if changed.strip() else "")
 
 
-def write(lines: list[Line], run: Run, path: Path) -> None:
+def write(lines: Sequence[Line], run: Run, path: Path) -> None:
     """All at once, so that whatever ends the process leaves the lines before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in (*fields(Line), *fields(Run))], lineterminator="\n")
+        columns = [f.name for f in (*fields(lines[0] if lines else Line), *fields(Run))]
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({**asdict(x), **asdict(run)} for x in lines)
     temporary.replace(path)

@@ -86,7 +86,7 @@ def _admit(
         if wrong := check((out.detach(),)):
             return {}, None, dict.fromkeys(directions, f"wrong: {'; '.join(wrong)}")
     except Exception as error:  # a peer that cannot take the shape is a result, not a crash
-        return {}, None, dict.fromkeys(directions, _not_run(error))
+        return {}, None, dict.fromkeys(directions, why_not(error))
     calls: dict[str, Call] = {"forward": lambda: attention(*leaves)}
     where = _back_end(problem, name)
     notes = dict.fromkeys(directions, where)
@@ -99,12 +99,13 @@ def _admit(
                 return {}, None, dict.fromkeys(directions, f"wrong: {'; '.join(wrong)}")
             calls["backward"] = lambda: torch.autograd.grad(out, wanted, problem.dout, retain_graph=True)
         except Exception as error:  # FlashAttention-3 comes in builds without a backward
-            notes["backward"] = _not_run(error)
+            notes["backward"] = why_not(error)
     rms = None if name == "plain" else float(f"{gate.rms_error(out):.4g}")
     return {d: calls[d] for d in directions if d in calls}, rms, notes
 
 
-def _not_run(error: Exception) -> str:
+def why_not(error: Exception) -> str:
+    """The note of what did not run."""
     text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return f"not run: {str(error) if isinstance(error, Unavailable) else text}"[:200]
 

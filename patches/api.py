@@ -78,6 +78,11 @@ class _State:
     # former config object, the copy that replaced it, and the copy's attributes at that time
     configs: list[tuple[PreTrainedConfig, PreTrainedConfig, dict[str, Any]]]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A patched model that another process unpickles (torch.load, spawned workers) finds its functions there."""
+        register()
+        vars(self).update(state)
+
 
 def patch_model(
     model: Any,

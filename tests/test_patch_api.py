@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,6 +133,26 @@ def test_a_deep_copy_of_a_patched_model_stands_alone():
     assert patch_report(other).patched
     unpatch_model(other)
     assert other.config._attn_implementation == "eager"
+
+
+def test_another_process_unpickles_a_patched_model(tmp_path):
+    """Where nothing else of this package is imported, and so the key is not registered yet."""
+    model = patch_model(causal_model("llama"))
+    torch.save(model, tmp_path / "model.pt")
+    script = (
+        "import sys, torch, transformers\n"
+        "model = torch.load(sys.argv[1], weights_only=False)\n"
+        "print(model(torch.arange(3, 24)[None]).logits.double().sum().item())"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "model.pt"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert found.returncode == 0, found.stderr[-500:]
+    expected = model(torch.arange(3, 24)[None]).logits.double().sum().item()
+    assert float(found.stdout) == pytest.approx(expected, abs=1e-4)
 
 
 def test_wrappers_are_looked_into():

@@ -51,12 +51,13 @@ def test_packed_documents_stay_apart(family):
     compare(causal_model(family), logits, input_ids=tokens(1), position_ids=positions, use_cache=False)
 
 
+@pytest.mark.parametrize("family", ["llama", "mpt"])  # MPT turns masks into bool itself
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
-def test_user_4d_masks_of_any_pattern(dtype):
+def test_user_4d_masks_of_any_pattern(dtype, family):
     seen = torch.rand(BATCH, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(3)) < 0.5
     seen = seen | torch.eye(LENGTH, dtype=torch.bool)
     added = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
-    model = causal_model("llama")
+    model = causal_model(family)
     expected = outputs_and_gradients(model, logits, None, input_ids=tokens(), attention_mask=added)
     ours = patch_model(twin(model))
     got = outputs_and_gradients(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 ADAPTED: dict[tuple[str, str], str] = {
     ("transformers.models.bloom.modeling_bloom", "BloomAttention"): "bloom",
     ("transformers.models.mpt.modeling_mpt", "MptAttention"): "mpt",
+    ("transformers.models.mpt.modeling_mpt", "MptModel"): "mpt",
     ("transformers.models.falcon.modeling_falcon", "FalconAttention"): "falcon",
     ("transformers.models.falcon.modeling_falcon", "FalconModel"): "falcon",
     ("transformers.models.gpt_neo.modeling_gpt_neo", "GPTNeoSelfAttention"): "gpt_neo",

@@ -6,9 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.mpt.modeling_mpt import MptAttention
+from transformers.models.mpt.modeling_mpt import MptAttention, MptModel
 
 from ..attention import mc_attention
+
+
+class McMptModel(MptModel):
+    """MptModel that reads a user's 4-D mask before it turns it into bool: as numbers to add, anything but 0 hides a key."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("attention_mask")
+        if isinstance(given, Tensor) and given.dim() == 4 and given.dtype != torch.bool:
+            kwargs["attention_mask"] = given == 0
+        return super().forward(*args, **kwargs)
 
 
 class McMptAttention(MptAttention):

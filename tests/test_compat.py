@@ -65,19 +65,38 @@ def test_dense(module: Any, causal: bool, window: tuple[int, int]) -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_positional_arguments_stand_where_each_version_has_them() -> None:
-    packed = ["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
-    cached = ["q", "k_cache", "v_cache", "k", "v"]
-    names = {
-        fa2.flash_attn_func: ["q", "k", "v", "dropout_p", "softmax_scale", "causal", "window_size", "softcap"],
-        fa3.flash_attn_func: ["q", "k", "v", "softmax_scale", "causal", "qv", "q_descale", "k_descale", "v_descale"],
-        fa2.flash_attn_varlen_func: [*packed, "dropout_p", "softmax_scale", "causal"],
-        fa3.flash_attn_varlen_func: [*packed, "seqused_q", "seqused_k", "softmax_scale", "causal"],
-        fa2.flash_attn_with_kvcache: [*cached, "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx"],
-        fa3.flash_attn_with_kvcache: [*cached, "qv", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx"],
+def test_arguments_and_defaults_are_those_of_each_version() -> None:
+    """Every name in its place, as positional calls need them: flash_attn 2.8 and FlashAttention-3's interface."""
+    window = "window_size=(-1, -1)"
+    fa2_tail = (
+        f"dropout_p=0.0 softmax_scale=None causal=False {window} softcap=0.0 alibi_slopes=None "
+        "deterministic=False return_attn_probs=False"
+    )
+    scales = "q_descale=None k_descale=None v_descale=None"
+    fa3_tail = (
+        f"softmax_scale=None causal=False qv=None {scales} {window} attention_chunk=0 softcap=0.0 "
+        "num_splits=1 pack_gqa=None deterministic=False sm_margin=0 return_attn_probs=False"
+    )
+    packed = "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k"
+    expected = {
+        fa2.flash_attn_func: f"q k v {fa2_tail}",
+        fa2.flash_attn_varlen_func: f"{packed} {fa2_tail} block_table=None",
+        fa2.flash_attn_with_kvcache: "q k_cache v_cache k=None v=None rotary_cos=None rotary_sin=None "
+        "cache_seqlens=None cache_batch_idx=None cache_leftpad=None block_table=None softmax_scale=None causal=False "
+        f"{window} softcap=0.0 rotary_interleaved=True alibi_slopes=None num_splits=0 return_softmax_lse=False",
+        fa3.flash_attn_func: f"q k v {fa3_tail}",
+        fa3.flash_attn_varlen_func: f"{packed} seqused_q=None seqused_k=None {fa3_tail}",
+        fa3.flash_attn_qkvpacked_func: f"qkv softmax_scale=None causal=False {scales} {window} attention_chunk=0 "
+        "softcap=0.0 deterministic=False num_heads_q=None sm_margin=0 return_attn_probs=False",
+        fa3.flash_attn_with_kvcache: "q k_cache v_cache k=None v=None qv=None rotary_cos=None rotary_sin=None "
+        "cache_seqlens=None cache_batch_idx=None cache_leftpad=None page_table=None cu_seqlens_q=None "
+        f"cu_seqlens_k_new=None max_seqlen_q=None rotary_seqlens=None {scales} softmax_scale=None causal=False "
+        f"{window} attention_chunk=0 softcap=0.0 rotary_interleaved=True scheduler_metadata=None num_splits=0 "
+        "pack_gqa=None sm_margin=0 return_softmax_lse=False",
     }
-    for function, expected in names.items():
-        assert list(inspect.signature(function).parameters)[: len(expected)] == expected, function
+    for function, arguments in expected.items():
+        parameters = inspect.signature(function).parameters.values()
+        assert " ".join(str(p.replace(annotation=p.empty)) for p in parameters) == arguments, function
 
 
 def test_packed_tensors_are_the_parts() -> None:
@@ -87,8 +106,9 @@ def test_packed_tensors_are_the_parts() -> None:
     assert torch.equal(fa2.flash_attn_qkvpacked_func(torch.stack((q, k, v), 2), causal=True), expected)
     assert torch.equal(fa3.flash_attn_qkvpacked_func(torch.stack((q, k, v), 2), causal=True), expected)
     assert torch.equal(fa3.flash_attn_qkvpacked_func(torch.cat((q, k, v), 2), causal=True, num_heads_q=3), expected)
-    with pytest.raises(ValueError, match="num_heads_q"):
-        fa3.flash_attn_qkvpacked_func(torch.cat((q, k, v), 2))
+    for heads in (None, 4, 9):
+        with pytest.raises(ValueError, match="num_heads_q"):
+            fa3.flash_attn_qkvpacked_func(torch.cat((q, k, v), 2), num_heads_q=heads)
     cu = torch.tensor([0, 4, 9], dtype=torch.int32)
     q, k, v = (x[0] for x in (q, k, v))
     expected = fa2.flash_attn_varlen_func(q, k, v, cu, cu, 5, 5, causal=True)
@@ -271,6 +291,45 @@ def test_cache_without_new_keys_and_lengths_is_all_of_it(module: Any) -> None:
     torch.testing.assert_close(module.flash_attn_with_kvcache(q, k, v, cache_seqlens=7, num_splits=3), short)
 
 
+@BOTH
+@pytest.mark.parametrize("window", [(0, 0), (0, -1), (-1, 0), (99, 99), (None, None), (3, None), [2, 1]], ids=str)
+def test_windows_of_every_kind(module: Any, window: Any) -> None:
+    """-1 and, as FlashAttention-4 writes it, None are unbounded; in every function alike."""
+    q, k, v = rows(2, 5, 4, 8), rows(2, 7, 2, 8, seed=1), rows(2, 7, 2, 8, seed=2)
+    cu_q, cu_k = torch.tensor([0, 5, 10]).int(), torch.tensor([0, 7, 14]).int()
+    for causal in (False, True):
+        seen = window_mask(5, 7, causal, tuple(-1 if side is None else side for side in window))
+        expected, _ = exact(q, k, v, seen)
+        kwargs = {"causal": causal, "window_size": window}
+        torch.testing.assert_close(module.flash_attn_func(q, k, v, **kwargs), expected)
+        torch.testing.assert_close(module.flash_attn_with_kvcache(q, k, v, **kwargs), expected)
+        flat = [x.flatten(0, 1) for x in (q, k, v)]
+        out = module.flash_attn_varlen_func(*flat, cu_q, cu_k, 5, 7, **kwargs)
+        torch.testing.assert_close(out, expected.flatten(0, 1))
+
+
+@BOTH
+@pytest.mark.parametrize("lengths", [[(0, 0), (3, 0), (2, 4)], [(3, 0)], [(0, 0)]], ids=str)
+def test_sequences_without_queries_or_keys(module: Any, lengths: list[tuple[int, int]]) -> None:
+    cu_q, cu_k = (torch.tensor([0, *(n[i] for n in lengths)]).cumsum(0).int() for i in (0, 1))
+    q, k, v = rows(int(cu_q[-1]), 4, 8), rows(int(cu_k[-1]), 2, 8, seed=1), rows(int(cu_k[-1]), 2, 8, seed=2)
+    for x in (q, k, v):
+        x.requires_grad_()
+    longest = [max(n[i] for n in lengths) for i in (0, 1)]
+    out, lse, *_ = module.flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest, causal=True, return_attn_probs=True)
+    out.sum().backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+    for i, (sq, sk) in enumerate(lengths):
+        a, b = slice(int(cu_q[i]), int(cu_q[i + 1])), slice(int(cu_k[i]), int(cu_k[i + 1]))
+        if sk:
+            torch.testing.assert_close(
+                out[a], exact(q[None, a], k[None, b], v[None, b], window_mask(sq, sk, True))[0][0]
+            )
+        else:
+            assert not out[a].any()
+            assert (lse[:, a] == float("-inf")).all()
+
+
 def test_all_arguments_by_position() -> None:
     """As old code calls them; more queries than keys leave rows that see nothing: 0 and -inf."""
     q, k, v = rows(2, 9, 4, 8), rows(2, 6, 2, 8, seed=1), rows(2, 6, 2, 8, seed=2)
@@ -312,6 +371,12 @@ def test_what_is_lacking_raises() -> None:
         fa2.flash_attn_with_kvcache(q, q, q, k=q, cache_seqlens=1)
     with pytest.raises(ValueError, match="cache_seqlens"):
         fa2.flash_attn_with_kvcache(q, q, q, k=q, v=q)
+    for lengths in (torch.ones(3).int(), torch.ones(2), 1.5):
+        with pytest.raises(ValueError, match=r"cache_seqlens: expected an int or integers \[2\]"):
+            fa2.flash_attn_with_kvcache(q, q, q, cache_seqlens=lengths)
+    for call in (fa3.flash_attn_func, fa3.flash_attn_with_kvcache):
+        with pytest.raises(ValueError, match="attention_chunk"):
+            call(q, q, q, attention_chunk=-1)
     with pytest.raises(ValueError, match="cache_batch_idx"):
         fa2.flash_attn_with_kvcache(q, q, q, cache_batch_idx=cu, block_table=cu[None])
     table = torch.ones(3, 2)

@@ -20,8 +20,14 @@ def options(scale: float | None, softcap: float, deterministic: bool, device: to
 
 def visibility(causal: bool, window: tuple[int, int]) -> dict[str, Any]:
     """Our causal and window."""
-    left, right = (None if w is None or w < 0 else w for w in window)
+    left, right = (None if w < 0 else w for w in sides(window))
     return {"causal": causal, "window": None if left is right is None else (left, right)}
+
+
+def sides(window: tuple[int | None, int | None]) -> tuple[int, int]:
+    """window_size as two integers; None, which FlashAttention-4 has for unbounded, is -1."""
+    left, right = (-1 if side is None else side for side in window)
+    return left, right
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Result:
@@ -46,9 +52,16 @@ def refuse(function: str, **arguments: Any) -> None:
         )
 
 
+def check_chunk(chunk: int) -> int:
+    """attention_chunk; 0 is none."""
+    if chunk < 0:
+        raise ValueError(f"attention_chunk: expected the length of a chunk, or 0 for none, got {chunk}")
+    return chunk
+
+
 def chunks(q: Tensor, k: Tensor, chunk: int, causal: bool) -> Tensor | None:
     """key_ranges ``[1, 1, Sq, 2]`` of FlashAttention-3's attention_chunk for ``[B, S, H, D]`` tensors; None without."""
-    if not chunk:
+    if not check_chunk(chunk):
         return None
     sq, sk = q.shape[1], k.shape[1]
     position = torch.arange(sk - sq, sk, device=q.device)[None]
@@ -70,8 +83,9 @@ def with_cache(
     batch, sq = q.shape[:2]
     rows = torch.arange(batch, device=q.device)
     capacity = k_cache.shape[1] * (1 if pages is None else pages.shape[1])
-    before = torch.as_tensor(capacity if lengths is None else lengths, device=q.device, dtype=torch.int64).expand(batch)
-    after = before
+    before = _lengths(capacity if lengths is None else lengths, batch, q.device)
+    window, after = sides(window), before
+    check_chunk(chunk)
     if (k is None) != (v is None):
         raise ValueError("k and v: expected both or neither")
     if pages is not None and batch_index is not None:
@@ -114,6 +128,16 @@ def with_cache(
         distance = (position[:, None, :, None] - torch.arange(k_cache.shape[1], device=q.device)).abs()
         bias = -alibi_slopes.float().reshape(-1, q.shape[2], 1, 1) * distance
     return dense(q, k_cache, v_cache, key_ranges=ranges, bias=bias, **kwargs)
+
+
+def _lengths(given: int | Tensor, batch: int, device: torch.device) -> Tensor:
+    """cache_seqlens as int64 [B]."""
+    lengths = torch.as_tensor(given, device=device)
+    if lengths.is_floating_point() or lengths.dtype == torch.bool or lengths.shape not in ((), (1,), (batch,)):
+        raise ValueError(
+            f"cache_seqlens: expected an int or integers [{batch}], got {lengths.dtype} {list(lengths.shape)}"
+        )
+    return lengths.to(torch.int64).expand(batch)
 
 
 def _visible(

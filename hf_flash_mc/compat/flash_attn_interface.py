@@ -43,7 +43,11 @@ def flash_attn_qkvpacked_func(
             raise ValueError(
                 f"num_heads_q: expected the number of query heads, since qkv has {qkv.dim()} dimensions; got None"
             )
-        rest = (qkv.shape[2] - num_heads_q) // 2
+        rest, odd = divmod(qkv.shape[2] - num_heads_q, 2)
+        if odd or rest < 1:
+            raise ValueError(
+                f"num_heads_q: expected qkv [B, S, num_heads_q + 2 * Hkv, D], got {num_heads_q} and {list(qkv.shape)}"
+            )
         q, k, v = qkv.split([num_heads_q, rest, rest], 2)
     return flash_attn_func(
         q, k, v, softmax_scale, causal, None, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap,

@@ -12,7 +12,7 @@ from ..attention import mc_attention
 
 
 class McMptModel(MptModel):
-    """MptModel that reads a user's 4-D mask before it turns it into bool: as numbers to add, anything but 0 hides a key."""
+    """MptModel that reads a user's 4-D mask of numbers as its own code does: anything but 0 hides a key."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = kwargs.get("attention_mask")

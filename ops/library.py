@@ -375,9 +375,10 @@ _SDPA = torch._C._nn.scaled_dot_product_attention
 def _refuse_context_parallel(sdpa: Any) -> None:
     # torch's context_parallel() replaces SDPA and nothing else: here each rank would attend to its own keys only
     if getattr(sdpa, "__module__", "") == "torch.distributed.tensor.experimental._context_parallel._attention":
-        raise NotImplementedError(
+        raise RuntimeError(
             "flash_attention: inside torch.distributed.tensor.experimental.context_parallel each rank would see only "
-            "its own part of the keys. Leave context_parallel() for this call, or use scaled_dot_product_attention"
+            "its own part of the keys. Use ring_attention or ulysses_attention (a transformers model: "
+            "patch_model(model, context_parallel=mesh)), or leave context_parallel() for this call"
         )
 
 

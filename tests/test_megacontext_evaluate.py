@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from patch_models import VOCAB, causal_model
 
 from hf_flash_mc.megacontext import evaluate as evaluation
+from hf_flash_mc.megacontext import peers
 from hf_flash_mc.megacontext.attach import attach_megacontext, cache_argument
 from hf_flash_mc.megacontext.config import MegaContextConfig
+from hf_flash_mc.megacontext.io import CONFIG
 from hf_flash_mc.megacontext.lensnet import OracleLens
+from hf_flash_mc.megacontext.quality import summarise, table_of
+from hf_flash_mc.megacontext.states import Setting, measure_window
+from hf_flash_mc.megacontext.working_context import Edits
 
 
 def windows(count: int, length: int) -> torch.Tensor:
@@ -27,19 +35,46 @@ def test_expanding_everything_is_the_whole_window_and_nothing_leaks_between_stat
     def everything(config):
         return OracleLens(config, lambda context: torch.ones(len(context.lod)))
 
-    def nothing(config):
-        return OracleLens(config, lambda context: -torch.ones(len(context.lod)))
+    def latest(config):
+        return OracleLens(config, lambda context: context.start / context.cursor)
 
-    options = {"tail": 8, "sink": 4, "block": 4, "expansions": 99}
-    lenses = {"all": everything, "none": nothing, "gist mass": evaluation.GistMassLens, "none again": nothing}
-    rows = evaluation.evaluate(model, ids, **options, lenses=lenses)
+    options = {"tail": 8, "sink": 4, "block": 4}
+    lenses = {"all": everything, "latest": latest, "gist mass": evaluation.LENSES["gist mass"], "latest again": latest}
+    rows = evaluation.evaluate(model, ids, **options, expansions=(99, 0, 3), lenses=lenses)
     for row, losses in zip(rows, expected, strict=True):
         assert np.allclose(row["whole"], losses, atol=1e-4)
-        assert np.allclose(row["all"], losses, atol=1e-4)
-        assert np.allclose(row["none"], row["gists"], atol=1e-5)
-        assert np.allclose(row["none again"], row["gists"], atol=1e-5)
+        assert np.allclose(row["all x99"], losses, atol=1e-4)
+        assert np.allclose(row["latest x0"], row["gists"], atol=1e-5)
+        assert not np.allclose(row["latest x3"], row["gists"], atol=1e-4)
+        assert np.allclose(row["latest again x3"], row["latest x3"], atol=1e-5)
         assert not np.allclose(row["drop"], row["gists"], atol=1e-4)
     assert not hasattr(model, "megacontext")
+
+
+def test_every_lens_expands_as_many_and_the_oracle_the_best_by_the_first_half() -> None:
+    model, ids = causal_model("llama"), windows(1, 100 + evaluation.TARGETS)[0]
+    setting = Setting(block=4, sink=4, tail=8, expansions=(1, 4), oracle=True, lenses={"never": never})
+    setting.attach(model, len(ids))
+    slots: dict[str, int] = {}
+    found = measure_window(model, ids, setting, 0, slots)
+    assert slots["never x1"] == slots["oracle x1"] == slots["gists"] + 3
+    assert slots["never x4"] == slots["oracle x4"] == slots["gists"] + 12
+    session = model.megacontext.session()
+    session.ingest(ids[:100])
+    evaluation.collapse_all(session)
+    gists = session.working_context.start[session.working_context.lod > 0]
+    costs = []
+    before = session.working_context.copy()
+    for start in gists:
+        session.apply(Edits.of([(1, int(start), 1)]))
+        costs.append(evaluation.target_losses(session, ids[100:]))
+        session.restore(before)
+    best = int(np.argmin([cost[:32].mean() for cost in costs]))
+    assert np.allclose(found["oracle x1"], costs[best], atol=1e-4)
+
+
+def never(config):
+    return OracleLens(config, lambda context: -torch.ones(len(context.lod)))
 
 
 def test_dropping_is_the_base_model_without_that_text() -> None:
@@ -72,20 +107,34 @@ def test_summary_tells_a_real_effect_from_noise() -> None:
         values = {"whole": 0.0, "drop": 1.0, "gists": 0.9, "recency": 0.6, "gist mass": 0.5}
         return {n: [v + (noise[i, k - 1] if k else 0.0)] * 64 for k, (n, v) in enumerate(values.items())}
 
-    lines, tests = evaluation.summarise([row(i) for i in range(200)])
+    lines = summarise([row(i) for i in range(200)])
     found = {line.name: line for line in lines}
     assert found["gist mass"].recovered == pytest.approx(0.5, abs=0.03)
     assert found["gist mass"].low < 0.5 < found["gist mass"].high
+    assert found["gist mass"].median_low < found["gist mass"].median < found["gist mass"].median_high
     assert found["drop"].recovered == 0
-    assert tests["recency"] < 0.01
-    assert "gist mass" in evaluation.table_of(lines, tests)
+    assert found["gist mass"].p["recency"] < 0.01
+    assert found["recency"].p["gist mass"] > 0.99
+    assert found["recency"].p["drop"] < 0.01
+    assert "gist mass" in table_of(lines)
     same = [{**row(i), "recency": row(i)["gist mass"]} for i in range(200)]
-    assert evaluation.summarise(same)[1]["recency"] > 0.5
+    assert {line.name: line for line in summarise(same)}["gist mass"].p["recency"] > 0.5
 
 
-def test_trained_heads_stand_beside_the_baselines(tmp_path) -> None:
-    import json
+def test_states_of_several_ratios_are_compared_with_their_own() -> None:
+    generator = np.random.default_rng(0)
+    costs = {"whole": 0.0, "8:1 drop": 1.0, "8:1 recency x4": 0.5, "8:1 gist mass x4": 0.4}
+    costs |= {"32:1 drop": 2.0, "32:1 recency x4": 1.0, "32:1 gist mass x4": 1.5, "32:1 gist mass x12": 0.2}
+    rows = [{name: list(value + generator.normal(size=64) * 0.1) for name, value in costs.items()} for _ in range(40)]
+    found = {line.name: line for line in summarise(rows)}
+    assert found["8:1 gist mass x4"].recovered == pytest.approx(0.6, abs=0.02)
+    assert found["32:1 gist mass x4"].recovered == pytest.approx(0.25, abs=0.02)
+    assert found["8:1 gist mass x4"].p["recency"] < 0.01
+    assert found["32:1 gist mass x4"].p["recency"] > 0.99
+    assert found["32:1 gist mass x12"].p.keys() == {"drop"}
 
+
+def test_trained_heads_stand_beside_the_baselines(tmp_path, monkeypatch) -> None:
     from typer.testing import CliRunner
 
     from hf_flash_mc.cli.app import app
@@ -101,17 +150,88 @@ def test_trained_heads_stand_beside_the_baselines(tmp_path) -> None:
     arguments = ["evaluate", "--model", str(tmp_path / "model"), "--tokens", str(tmp_path / "ids.npy")]
     arguments += ["--windows", "2", "--context", "100", "--tail", "8", "--block", "4", "--device", "cpu"]
     arguments += ["--out", str(tmp_path / "out.json"), "--heads", str(tmp_path / "heads")]
+    arguments += ["--plot", str(tmp_path / "out.png")]
+    monkeypatch.setattr(peers, "why_not", lambda model: "kvpress is not installed")
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "out.json").read_text())
     assert {"drop", "gists", "recency", "random", "gist mass", "trained gists"} <= found["rows"][0].keys()
     assert found["rows"][0]["trained gists"] != found["rows"][0]["gists"]
     assert "trained gists" in found["table"]
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "out.json.part").exists()
+    assert found["run"]["dtype"] == "float32"
+    assert str(tmp_path) not in json.dumps(found), "where files lie on this machine is nobody's business"
     assert found["run"]["command"].startswith("hf-flash-mc evaluate --model")
+    assert "| SnapKV (kvpress) | | not run: kvpress is not installed |" in found["table"]
     arguments[arguments.index("--block") + 1] = "8"
     wrong = CliRunner().invoke(app, arguments)
     assert wrong.exit_code == 2
-    assert "heads: expected KV gists of 8 tokens" in wrong.output
+    assert "heads: expected gists of 8 tokens" in wrong.output
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    model, ids = causal_model("llama"), windows(3, 60 + evaluation.TARGETS)
+    setting = Setting(block=4, sink=4, tail=8, expansions=(1,), lenses={"never": never})
+    whole = evaluation.Run(ids)
+    whole.measure(model, "4:1", setting)
+    part = tmp_path / "rows.part"
+
+    def stop(name: str, done: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.Run(ids, part).measure(model, "4:1", setting, stop)
+    assert not hasattr(model, "megacontext")
+    seen: list[int] = []
+    later = evaluation.Run(ids, part)
+    later.measure(model, "4:1", setting, lambda name, done: seen.append(done))
+    assert seen == [3]
+    assert later.rows() == whole.rows()
+    assert later.slots == whole.slots
+    assert not evaluation.Run(ids + 1, part).parts, "other windows begin anew"
+
+
+def test_embedding_heads_stand_in_the_same_table(tmp_path: Path) -> None:
+    model, ids = causal_model("llama"), windows(1, 60 + evaluation.TARGETS)
+    sizes = {"block_size": 4, "max_lod": 1, "w_max": 128, "sink_tokens": 4, "recent_tokens": 8}
+    heads = {"gist": {"layers": 1}, "lens": {"kind": "dual", "width": 64}}
+    attach_megacontext(model, MegaContextConfig(**sizes, **heads, backend="embedding"))
+    model.megacontext.save_pretrained(tmp_path)
+    evaluation.detach_megacontext(model)
+    options = {"block": 4, "sink": 4, "tail": 8, "expansions": (2,)}
+    run = evaluation.Run(ids)
+    run.measure(model, "plain", Setting(**options))
+    run.measure(model, "heads", Setting(**options, heads=tmp_path, label="trained ", baselines=False))
+    (row,) = run.rows()
+    assert {"drop", "gists", "recall", "trained gists", "trained gist mass", "trained lens"} <= row.keys()
+    assert "trained recall" not in row
+    kept = torch.cat((torch.arange(4), torch.arange(52, 60)))
+    with torch.no_grad():
+        places = torch.cat((kept, torch.arange(60, 123)))
+        mask = torch.ones(1, 75)  # without it, a jump in the positions could be read as a new text
+        logits = model(ids[:, places], position_ids=places[None], attention_mask=mask).logits[0, 11:]
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, 60:], reduction="none")
+    assert np.allclose(row["trained drop, read again"], expected, atol=1e-4)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"gist": {"layers": 2}}))
+    with pytest.raises(ValueError, match="weights do not fit"):
+        Setting(**options, heads=tmp_path).attach(model, 124)
+    assert not hasattr(model, "megacontext")
+
+
+def test_presses_of_kvpress_keep_as_many_keys_as_there_are_slots() -> None:
+    pytest.importorskip("kvpress")
+    model, ids = causal_model("llama"), windows(1, 100 + evaluation.TARGETS)[0]
+    assert peers.why_not(model) is None
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0, 99:-1]
+    expected = torch.nn.functional.cross_entropy(logits, ids[100:], reduction="none")
+    for press in peers.PRESSES.values():
+        whole, half = (peers.press_losses(model, ids[:100], ids[100:], press, n, 8) for n in (100, 40))
+        assert np.allclose(whole, expected, atol=1e-4)
+        assert not np.allclose(half, expected, atol=1e-3)
 
 
 def test_windows_do_not_overlap() -> None:

@@ -133,7 +133,7 @@ def commit() -> str | None:
         return None
     try:
         head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
-        measured = ["ops", "patches", "hf_flash_mc/measure"]
+        measured = ["ops", "patches", "hf_flash_mc/measure", "hf_flash_mc/megacontext"]
         changed = subprocess.check_output(["git", "status", "--porcelain", *measured], cwd=ROOT, text=True)
     except (OSError, subprocess.CalledProcessError):
         return None

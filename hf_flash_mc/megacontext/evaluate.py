@@ -1,55 +1,50 @@
-"""What gists and lenses are worth without training: the loss of next tokens with most of a window collapsed.
+"""What gists and lenses are worth: the loss of next tokens with most of a window collapsed.
 
-    python -m hf_flash_mc.megacontext.evaluate --model FOLDER --text FOLDER --windows 200
+    hf-flash-mc evaluate --model FOLDER --text FOLDER --windows 200
+    hf-flash-mc evaluate --model FOLDER --tokens FILE --block 8 16 32 --expansions 1 4 12 --heads FOLDER --oracle \\
+        --out quality.json --plot quality.png
 
 Each window is read whole (``--context`` tokens), then everything but the sink and the last ``--tail`` tokens is
 collapsed to gists, and the loss of the next tokens is measured with: the whole window; no gists at all ("drop"); all
-gists; and a few gists expanded by each lens. No choice sees a target. Reported: mean difference to the whole window in
-nats on targets 33 to 64, the share of the cost of dropping that is recovered, R = 1 - mean / mean of drop, and paired
-bootstrap tests.
+gists; and a few gists expanded by each lens. No choice sees a target, but the oracle's: it sees the first half of them.
+Reported: mean and median difference to the whole window in nats on targets 33 to 64, the share of the cost of dropping
+that is recovered, R = 1 - mean / mean of drop, and paired bootstrap tests. kvpress's presses stand in the same table,
+with as many keys as there are slots, where kvpress is installed (`peers`).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .attach import attach_megacontext
-from .config import MegaContextConfig
-from .lensnet import GistMassLens, RandomLens, RecallLens, RecencyLens
-from .session import MegaContextSession
-from .working_context import COLLAPSE, Edits
+from . import peers
+from .attach import detach_megacontext
+from .quality import JUDGED, Row, rounded, summarise, table_of
+from .states import (
+    LENSES,
+    TARGETS,
+    Setting,
+    collapse_all,
+    hidden_gists,
+    measure_window,
+    target_losses,
+)
 
-TARGETS, JUDGED = 64, slice(32, 64)  # next tokens, and those that count: the first ones are easy from the tail alone
+__all__ = ["JUDGED", "LENSES", "TARGETS", "collapse_all", "evaluate", "hidden_gists", "main", "target_losses"]
+
 SUFFIXES = (".txt", ".rst", ".md")
-LENSES = {"recency": RecencyLens, "random": RandomLens, "gist mass": GistMassLens, "recall": RecallLens}
-BOOTSTRAPS = 10_000
-
-
-@dataclass
-class Comparison:
-    """A line of the table. ``cost``: mean nats above the whole window, with its standard error; ``recovered``: R with
-    its 95 % interval ``low`` to ``high``."""
-
-    name: str
-    cost: float
-    error: float
-    median: float
-    recovered: float
-    low: float
-    high: float
 
 
 def read_texts(path: str | Path) -> list[str]:
@@ -74,180 +69,76 @@ def sample_windows(documents: Iterable[Tensor], length: int, count: int, seed: i
     return torch.stack([pieces[i] for i in order.tolist()])
 
 
-@contextmanager
-def hidden_gists(session: MegaContextSession) -> Iterator[None]:
-    """Within: gists have no weight, as if their text had been dropped."""
-    cache = session.cache
-    columns = torch.from_numpy(np.flatnonzero(cache.gist)).to(cache.device)
-    kept = cache.log_weight[:, :, columns].clone()
-    cache.log_weight[:, :, columns] = -torch.inf
-    try:
-        yield
-    finally:
-        cache.log_weight[:, :, columns] = kept
+class Run:
+    """Rows of several passes over the same windows, side by side, kept in a file so that a run that ended goes on.
+
+    Args:
+        windows: [n, context + 64]. path: the file of what is done so far, or None. about: what a run must share to go
+            on from it.
+    """
+
+    def __init__(self, windows: Tensor, path: Path | None = None, about: dict[str, Any] | None = None) -> None:
+        self.windows, self.path = windows, path
+        self.about = {**(about or {}), "ids": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
+        self.parts: dict[str, list[Row]] = {}
+        self.slots: dict[str, int] = {}
+        if path is not None and path.exists():
+            held = json.loads(path.read_text())
+            if held["about"] == self.about:
+                self.parts, self.slots = held["parts"], held["slots"]
+
+    def measure(self, model: Any, name: str, setting: Setting, report: Any = None) -> None:
+        """One setting over all windows that it was not measured on yet; the model has an add-on for the time being."""
+        rows = self.parts.setdefault(name, [])
+        if len(rows) == len(self.windows):
+            return
+        setting.attach(model, self.windows.shape[1])
+        try:
+            for i in range(len(rows), len(self.windows)):
+                self._add(rows, measure_window(model, self.windows[i], setting, i, self.slots), name, report)
+        finally:
+            detach_megacontext(model)
+
+    def measure_presses(self, model: Any, name: str, setting: Setting, report: Any = None) -> None:
+        """kvpress's presses, each with as many keys as the lenses' states of this setting have slots."""
+        rows = self.parts.setdefault(name, [])
+        for window in self.windows[len(rows) :]:
+            context, targets = window[:-TARGETS], window[-TARGETS:]
+            row = {}
+            for press, kind in peers.PRESSES.items():
+                for count in setting.expansions:
+                    size = self.slots[setting.name("recency", count)]
+                    row[setting.name(press, count)] = peers.press_losses(
+                        model, context, targets, kind, size, setting.tail
+                    )
+                    self.slots[setting.name(press, count)] = size
+            self._add(rows, row, name, report)
+
+    def rows(self) -> list[Row]:
+        """Of each window that every pass so far has measured, all states."""
+        done = [part for part in self.parts.values() if part]
+        return [{k: x for part in parts for k, x in part.items()} for parts in zip(*done, strict=False)]
+
+    def _add(self, rows: list[Row], found: dict[str, np.ndarray], name: str, report: Any) -> None:
+        rows.append(rounded({state: list(losses) for state, losses in found.items()}))
+        if self.path is not None:
+            fresh = self.path.with_name(self.path.name + ".new")
+            fresh.write_text(json.dumps({"about": self.about, "parts": self.parts, "slots": self.slots}))
+            fresh.replace(self.path)
+        if report is not None:
+            report(name, len(rows))
 
 
-@torch.no_grad()
-def target_losses(session: MegaContextSession, targets: Tensor) -> np.ndarray:
-    """Loss of each target token [n] after the history; the history is left as it was."""
-    session.reread(1)  # the last token too sees the working context as it is now
-    logits = [session.next_logits()[None].cpu()]
-    logits.append(session.ingest(targets[:-1], return_logits=True))  # type: ignore[arg-type]
-    session.rewind(len(targets) - 1)
-    return F.cross_entropy(torch.cat(logits).float(), targets, reduction="none").double().numpy()
-
-
-def collapse_all(session: MegaContextSession) -> None:
-    """Every whole block between the sink and the recent tokens becomes a gist of level 1."""
-    config = session.config
-    first = -(-config.sink_tokens // config.block_size) * config.block_size
-    starts = np.arange(first, len(session) - config.recent_tokens - config.block_size + 1, config.block_size)
-    fine = session.working_context.lod[np.searchsorted(session.working_context.start, starts)] == 0
-    session.apply(Edits.of([(COLLAPSE, int(start), 1) for start in starts[fine]]))
-
-
-def measure_window(model: Any, window: Tensor, expansions: int, seed: int, lenses: dict[str, Any]) -> dict[str, list]:
-    """Losses of the targets [64] of one window in every state; ``lenses``: name -> function from config to lens."""
-    addon = model.megacontext
-    context, targets = window[:-TARGETS], window[-TARGETS:]
-    recalls = any(getattr(lens, "reads", "") == "recall" for lens in lenses.values())
-    session = addon.session(chunk_size=len(context), observe=addon.config.recent_tokens, seed=seed, recall=recalls)
-    session.ingest(context)
-    found = {"whole": target_losses(session, targets)}
-    collapse_all(session)
-    queries = session.cache.queries.clone()
-    with hidden_gists(session):
-        found["drop"] = target_losses(session, targets)
-    found["gists"] = target_losses(session, targets)
-    original = addon.lens
-    for name, make in lenses.items():
-        session.cache.queries.copy_(queries)  # the tail as it was read
-        addon.lens = make(addon.config)
-        session.refocus(max_edits=expansions)
-        found[name] = target_losses(session, targets)
-        collapse_all(session)
-    addon.lens = original
-    return {name: losses.tolist() for name, losses in found.items()}
-
-
-def summarise(rows: list[dict[str, list]], seed: int = 0) -> tuple[list[Comparison], dict[str, float]]:
-    """The table, and p values of paired bootstrap tests "recall (or else gist mass) costs no less than ..."."""
-    judged = {name: np.array([np.mean(row[name][JUDGED]) for row in rows]) for name in rows[0]}
-    cost = {name: values - judged["whole"] for name, values in judged.items() if name != "whole"}
-    count = len(rows)
-    draws = np.random.default_rng(seed).integers(0, count, (BOOTSTRAPS, count))
-    means = {name: values[draws].mean(1) for name, values in cost.items()}  # [BOOTSTRAPS]
-    lines = []
-    for name, values in cost.items():
-        share = 1 - means[name] / means["drop"]
-        low, high = np.quantile(share, (0.025, 0.975))
-        recovered = 1 - values.mean() / cost["drop"].mean()
-        error = values.std(ddof=1) / count**0.5 if count > 1 else float("nan")
-        lines.append(Comparison(name, values.mean(), error, float(np.median(values)), recovered, low, high))
-    best = "recall" if "recall" in cost else "gist mass"
-    tests = {n: float((means[n] - means[best] <= 0).mean()) for n in cost if n != best} if best in cost else {}
-    return lines, tests
-
-
-def table_of(lines: list[Comparison], tests: dict[str, float]) -> str:
-    """The table as markdown."""
-    text = [
-        "| state | cost, nats | median | recovered R | 95 % | p: best lens no better |",
-        "|---|---|---|---|---|---|",
-    ]
-    for line in lines:
-        p = f"{tests[line.name]:.4f}" if line.name in tests else ""
-        cost = f"{line.cost:.3f} ± {line.error:.3f}"
-        share = f"{line.recovered:.0%} | {line.low:.0%} to {line.high:.0%}"
-        text.append(f"| {line.name} | {cost} | {line.median:.3f} | {share} | {p} |")
-    return "\n".join(text)
-
-
-def evaluate(
-    model: Any,
-    windows: Tensor,
-    *,
-    tail: int = 64,
-    sink: int = 32,
-    block: int = 32,
-    expansions: int = 4,
-    gist: dict[str, Any] | None = None,
-    lenses: dict[str, Any] | None = None,
-    report: Callable[[int, list[dict[str, list]]], None] | None = None,
-    heads: str | Path | None = None,
-) -> list[dict[str, list]]:
-    """Losses of every window [n, context + 64] in every state; ``report(i, rows)`` after each. The model gets an add-on
-    for the time being; ``heads``: a folder with a trained GistNet, instead of the settings ``gist``."""
-    from .attach import detach_megacontext
-    from .io import WEIGHTS, _read_tensors
-
-    held = None if heads is None else heads_config(heads, block)
-    config = MegaContextConfig(
-        block_size=block,
-        max_lod=1 if held is None else held.max_lod,
-        w_max=max(windows.shape[1] + 64, 4 * block + tail + sink),
-        sink_tokens=sink,
-        recent_tokens=tail,
-        max_edits=expansions,
-        tau=0.0,
-        cooldown=0,
-        gist=(gist or {}) if held is None else held.gist,
-    )
-    attach_megacontext(model, config)
-    rows: list[dict[str, list]] = []
-    try:
-        if heads is not None:
-            weights = _read_tensors(Path(heads) / WEIGHTS)
-            own = {n.removeprefix("gist."): x for n, x in weights.items() if n.startswith("gist.")}
-            model.megacontext.gist.load_state_dict(own)
-        for i, window in enumerate(windows):
-            rows.append(measure_window(model, window, expansions, i, lenses or LENSES))
-            if report is not None:
-                report(i, rows)
-    finally:
-        detach_megacontext(model)
-    return rows
-
-
-def heads_config(folder: str | Path, block: int) -> MegaContextConfig:
-    """The config of saved heads; ValueError where they are not KV gists of ``block`` tokens."""
-    from .io import CONFIG, FORMAT, _read_json
-
-    values = _read_json(Path(folder) / CONFIG, FORMAT)
-    values.pop("format")
-    config = MegaContextConfig.from_dict(values)
-    if config.block_size != block or config.backend != "kv":
-        raise ValueError(
-            f"heads: expected KV gists of {block} tokens (block), got {folder} with {config.backend} gists of "
-            f"{config.block_size}"
-        )
-    return config
-
-
-def with_trained(rows: list[dict[str, list]], trained: list[dict[str, list]]) -> list[dict[str, list]]:
-    """Both in one table: states of trained gists carry "trained " before their names, where gists are in them."""
-    named = [{f"trained {n}": x for n, x in row.items() if n not in ("whole", "drop")} for row in trained]
-    return [{**row, **more} for row, more in zip(rows, named, strict=True)]
+def evaluate(model: Any, windows: Tensor, **setting: Any) -> list[Row]:
+    """Losses of every window [n, context + 64] in every state of one `Setting`, whose fields are the arguments."""
+    run = Run(windows)
+    run.measure(model, "", Setting(**setting))
+    return run.rows()
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or hub name of a causal language model")
-    parser.add_argument("--text", help="folder or file of text")
-    parser.add_argument("--tokens", help="windows of token ids saved before, .npy [n, context + 64], instead of --text")
-    parser.add_argument("--save-tokens", help="write the windows there and stop")
-    parser.add_argument("--windows", type=int, default=200)
-    parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--tail", type=int, default=64)
-    parser.add_argument("--block", type=int, default=32)
-    parser.add_argument("--expansions", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--out", help="JSON file for losses, table, and where and how they were measured")
-    parser.add_argument("--heads", help="folder of a trained GistNet (KV gists of --block tokens), for further rows")
-    options = parser.parse_args(arguments)
+    options = parse_arguments(arguments)
     windows = _windows(options)
     if options.save_tokens:
         np.save(options.save_tokens, windows.numpy().astype(np.uint16 if windows.max() < 2**16 else np.int32))
@@ -257,26 +148,106 @@ def main(arguments: list[str] | None = None) -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     model = model.to(options.device).eval()
     start = time.perf_counter()
+    plan, about = settings(options), {k: v for k, v in vars(options).items() if k not in ("out", "plot")}
+    out = None if options.out is None else Path(options.out)
+    run = Run(windows, None if out is None else out.with_name(out.name + ".part"), about)
 
-    def report(i: int, rows: list[dict[str, list]]) -> None:
-        if options.out:
-            Path(options.out).write_text(json.dumps({"options": vars(options), "rows": rows}))
-        if i % 8 == 7:
-            print(f"{i + 1} windows, {time.perf_counter() - start:.0f} s\n{table_of(*summarise(rows))}", flush=True)
+    def report(name: str, done: int) -> None:
+        if done % 8 == 0 or done == len(windows):
+            table = table_of(summarise(run.rows()), run.slots) if "whole" in run.rows()[0] else ""
+            print(f"{name}: {done} windows, {time.perf_counter() - start:.0f} s\n{table}", flush=True)
 
-    sizes = {"tail": options.tail, "block": options.block, "expansions": options.expansions}
-    rows = evaluate(model, windows, **sizes, report=report)
-    if options.heads:
-        rows = with_trained(rows, evaluate(model, windows, **sizes, heads=options.heads))
-    table = table_of(*summarise(rows))
-    if options.out:
-        from hf_flash_mc.measure.record import describe_run
+    missing = []
+    for name, setting in plan.items():
+        run.measure(model, name, setting, report)
+    reason = peers.why_not(model)
+    if reason is not None:
+        missing = [f"{press}: {reason}" for press in peers.PRESSES]
+    else:
+        for name, setting in plan.items():
+            if setting.heads is None:
+                run.measure_presses(model, f"kvpress, {name}", setting, report)
+    lines = summarise(run.rows())
+    table = table_of(lines, run.slots, missing)
+    if out is not None:
+        whole: dict[str, Any] = {"run": describe(options, arguments, len(windows)), "table": table}
+        whole["options"] = {k: _last(v) for k, v in vars(options).items()}
+        whole |= {"lines": [asdict(line) for line in lines], "slots": run.slots, "missing": missing, "rows": run.rows()}
+        out.write_text(json.dumps(whole) + "\n")
+        out.with_name(out.name + ".part").unlink(missing_ok=True)
+    if options.plot:
+        from .plots import plot_quality
 
-        command = " ".join(["hf-flash-mc evaluate", *(sys.argv[1:] if arguments is None else arguments)])
-        run = asdict(describe_run(torch.device(options.device), command, f"{len(rows)} windows, paired bootstrap"))
-        whole = {"run": run, "options": vars(options), "table": table, "rows": rows}
-        Path(options.out).write_text(json.dumps(whole) + "\n")
-    print(f"{len(rows)} windows, {time.perf_counter() - start:.0f} s\n{table}", flush=True)
+        plot_quality(lines, run.rows(), options.plot)
+    print(f"{len(windows)} windows, {time.perf_counter() - start:.0f} s\n{table}", flush=True)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="hf-flash-mc evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder or hub name of a causal language model")
+    parser.add_argument("--text", help="folder or file of text")
+    parser.add_argument("--tokens", help="windows of token ids saved before, .npy [n, context + 64], instead of --text")
+    parser.add_argument("--save-tokens", help="write the windows there and stop")
+    parser.add_argument("--windows", type=int, default=200)
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--tail", type=int, default=64)
+    parser.add_argument("--block", type=int, nargs="+", default=[32], help="tokens of a gist; several: each ratio")
+    parser.add_argument("--expansions", type=int, nargs="+", default=[4], help="gists that a lens expands")
+    parser.add_argument("--oracle", action="store_true", help="also the best by measured utility (slow: a run a gist)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--out", help="JSON file for losses, table, and where and how they were measured")
+    parser.add_argument("--plot", help="PNG file of the table")
+    parser.add_argument("--heads", nargs="+", default=[], help="folders of trained heads, each for further rows")
+    return parser.parse_args(arguments)
+
+
+def settings(options: argparse.Namespace) -> dict[str, Setting]:
+    """Every pass over the windows, by name: untrained gists of each ratio, then the trained heads."""
+    from .states import heads_config
+
+    names = [Path(folder).name for folder in options.heads]
+    if len({*names}) < len(names):
+        raise ValueError(f"heads: expected folders of different names, by which rows are called, got {names}")
+    plan: dict[str, Setting] = {}
+    sizes = {"expansions": tuple(options.expansions), "tail": options.tail, "oracle": options.oracle}
+
+    def ratio(block: int) -> str:
+        return f"{block}:1 " if len(options.block) > 1 else ""
+
+    for block in options.block:
+        plan[f"{block}:1"] = Setting(block=block, ratio=ratio(block), **sizes)
+    for folder in options.heads:
+        block = heads_config(folder).block_size
+        if block not in options.block:
+            raise ValueError(
+                f"heads: expected gists of {' or '.join(map(str, options.block))} tokens (block), got {folder} with "
+                f"{block}; add it to --block"
+            )
+        label = "trained " if len(options.heads) == 1 else f"{Path(folder).name}: "
+        name = f"heads {folder}"
+        plan[name] = Setting(block=block, heads=folder, ratio=ratio(block), label=label, baselines=False, **sizes)
+    return plan
+
+
+def describe(options: argparse.Namespace, arguments: list[str] | None, count: int) -> dict[str, Any]:
+    """Where and how."""
+    from hf_flash_mc.measure.record import describe_run
+
+    given = [_last(x) for x in (sys.argv[1:] if arguments is None else arguments)]
+    command = shlex.join(["hf-flash-mc", "evaluate", *given])
+    run = asdict(describe_run(torch.device(options.device), command, f"{count} windows, paired bootstrap"))
+    return {**run, "dtype": options.dtype, "threads": torch.get_num_threads()}
+
+
+def _last(argument: Any) -> Any:
+    """A path without where it lies on this machine."""
+    if isinstance(argument, list):
+        return [_last(x) for x in argument]
+    return Path(argument).name if isinstance(argument, str) and argument.startswith("/") else argument
 
 
 def _windows(options: argparse.Namespace) -> Tensor:

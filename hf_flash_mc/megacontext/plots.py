@@ -1,11 +1,14 @@
-"""Pictures of a session: what the working context shows of the history, at which detail, and what was edited when."""
+"""Pictures of a session (what is shown of the history, at which detail, what was edited when) and of measurements."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .quality import JUDGED, Comparison, Row
 
 if TYPE_CHECKING:
     from .session import MegaContextSession
@@ -91,6 +94,35 @@ def plot_soak(rows: list[dict[str, float]], path: str | Path) -> Any:
         panel.set_ylabel(label)
         panel.set_ylim(bottom=0)
     panels[-1].set_xlabel("tokens of history")
+    figure.savefig(path, dpi=120)
+    return figure
+
+
+def plot_quality(lines: Sequence[Comparison], rows: Sequence[Row], path: str | Path) -> Any:
+    """What `evaluate` found: R of every state with its 95 % interval, and the first ones' cost by target."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, max(4.0, 0.28 * len(lines))), layout="constrained")
+    shares, curves = figure.subplots(1, 2, width_ratios=(1, 1.2))
+    shown = [line for line in lines if line.name != "drop"][::-1]
+    middle = np.array([line.recovered for line in shown])
+    ends = np.array([[line.low for line in shown], [line.high for line in shown]])
+    reach = np.abs(ends - middle)
+    shares.errorbar(100 * middle, range(len(shown)), xerr=100 * reach, fmt="o", ms=4, capsize=2, color=COLOURS[0])
+    shares.set_yticks(range(len(shown)), [line.name for line in shown], fontsize="small")
+    shares.axvline(0, color="0.6", lw=0.8, zorder=0)
+    shares.set(xlabel="share of the cost of dropping that is recovered, % (95 %)", xlim=(-50, 105))
+    whole = np.array([row["whole"] for row in rows])
+    for line in lines[:8]:  # more lines would not be told apart
+        cost = np.array([row[line.name] for row in rows]) - whole  # [n, targets]
+        block = 8 if cost.shape[1] % 8 == 0 else 1
+        mean = cost.mean(0).reshape(-1, block).mean(1)
+        curves.plot(np.arange(len(mean)) * block + (block + 1) / 2, mean, marker="o", ms=3, label=line.name)
+    curves.axvspan(0, JUDGED.start + 0.5, color="0.95", zorder=0)  # not judged
+    curves.axhline(0, color="0.6", lw=0.8, zorder=0)
+    curves.set(xlabel="target, tokens after the context", ylabel="cost above the whole window, nats")
+    curves.legend(fontsize="small")
+    figure.suptitle(f"{len(rows)} windows")
     figure.savefig(path, dpi=120)
     return figure
 

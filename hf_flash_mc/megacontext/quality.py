@@ -1,0 +1,110 @@
+"""The statistics of `evaluate`: what each state costs above the whole window, and how sure that is.
+
+A row is a window: the name of a state -> losses of its targets. Names begin with "R:1 " where several ratios stand in
+one file; every state is compared with "whole" and with the "drop" of its ratio.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+JUDGED = slice(32, 64)  # targets that count: the first ones are easy from the tail alone
+BOOTSTRAPS = 10_000
+RIVALS = ("drop", "recency", "gist mass")  # whom the table tests against
+Row = dict[str, list[float]]
+
+
+@dataclass
+class Comparison:
+    """A line of the table. ``cost``: mean nats above the whole window, with its standard error; ``median``, with its
+    95 % interval ``median_low`` to ``median_high``; ``recovered``: R with its 95 % interval ``low`` to ``high``;
+    ``p``: rival -> how often, of paired bootstraps over windows, this state's mean cost was not below the rival's."""
+
+    name: str
+    cost: float
+    error: float
+    median: float
+    median_low: float
+    median_high: float
+    recovered: float
+    low: float
+    high: float
+    p: dict[str, float] = field(default_factory=dict)
+
+
+def split_name(name: str) -> tuple[str, str, str]:
+    """Ratio ("16:1 " or ""), state, and expansions (" x4" or ""): how `evaluate` names states."""
+    found = re.fullmatch(r"(\d+:1 )?(.*?)( x\d+)?", name)
+    assert found
+    return found[1] or "", found[2], found[3] or ""
+
+
+def costs(rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    """Of each state and window, mean nats above the whole window on the targets that count: ``[n]``."""
+    judged = {name: np.array([np.mean(row[name][JUDGED]) for row in rows]) for name in rows[0]}
+    return {name: values - judged["whole"] for name, values in judged.items() if name != "whole"}
+
+
+def summarise(rows: Sequence[Row], seed: int = 0) -> list[Comparison]:
+    """The table's lines, ratio by ratio."""
+    cost = costs(rows)
+    count = len(rows)
+    draws = np.random.default_rng(seed).integers(0, count, (BOOTSTRAPS, count))
+    means = {name: values[draws].mean(1) for name, values in cost.items()}  # [BOOTSTRAPS]
+    lines = []
+    for name, values in cost.items():
+        ratio, _, expansions = split_name(name)
+        drop = ratio + "drop"
+        low, high = np.quantile(1 - means[name] / means[drop], (0.025, 0.975))
+        below, above = np.quantile(np.median(values[draws], 1), (0.025, 0.975))
+        recovered = 1 - values.mean() / cost[drop].mean()
+        error = values.std(ddof=1) / count**0.5 if count > 1 else float("nan")
+        rivals = {rival: ratio + rival + (expansions if rival != "drop" else "") for rival in RIVALS}
+        p = {
+            rival: (1 + int((means[name] >= means[full]).sum())) / (1 + BOOTSTRAPS)
+            for rival, full in rivals.items()
+            if full in cost and full != name
+        }
+        line = Comparison(
+            name=name,
+            cost=float(values.mean()),
+            error=float(error),
+            median=float(np.median(values)),
+            median_low=float(below),
+            median_high=float(above),
+            recovered=float(recovered),
+            low=float(low),
+            high=float(high),
+            p=p,
+        )
+        lines.append(line)
+    ratios = [split_name(name)[0] for name in cost]
+    return sorted(lines, key=lambda line: ratios.index(split_name(line.name)[0]))
+
+
+def table_of(lines: Sequence[Comparison], slots: dict[str, int] | None = None, missing: Sequence[str] = ()) -> str:
+    """The table as markdown; slots: of each state; missing: lines for what was not run, each "name: reason"."""
+    text = [
+        "| state | slots | cost, nats | median (95 %) | recovered R (95 %) | p: not below drop | recency | gist mass |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for line in lines:
+        p = " | ".join("" if rival not in line.p else f"{line.p[rival]:.4f}" for rival in RIVALS)
+        cost = f"{line.cost:.3f} ± {line.error:.3f}"
+        median = f"{line.median:.3f} ({line.median_low:.3f} to {line.median_high:.3f})"
+        share = f"{line.recovered:.0%} ({line.low:.0%} to {line.high:.0%})"
+        size = (slots or {}).get(line.name, "")
+        text.append(f"| {line.name} | {size} | {cost} | {median} | {share} | {p} |")
+    for reason in missing:
+        name, _, why = reason.partition(": ")
+        text.append(f"| {name} | | not run: {why} | | | | | |")
+    return "\n".join(text)
+
+
+def rounded(row: Row) -> Row:
+    """Losses as they are kept in a file."""
+    return {name: [round(float(x), 5) for x in values] for name, values in row.items()}

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from . import continuous_batching as paged
 from .attention import KEY, ModuleRecord, Options, refuse_weights, register
 from .context_parallel import add_hooks, check_spreadable, read_context_parallel
 from .models import ADAPTED, adapter_of, uses_interface
@@ -77,6 +78,7 @@ class _State:
     hooks: list[RemovableHandle]
     # former config object, the copy that replaced it, and the copy's attributes at that time
     configs: list[tuple[PreTrainedConfig, PreTrainedConfig, dict[str, Any]]]
+    claim: paged.Claim | None  # with continuous_batching
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A patched model that another process unpickles (torch.load, spawned workers) finds its functions there."""
@@ -100,10 +102,14 @@ def patch_model(
     ``fallback``: what happens to a call that the ops cannot express: "error" raises, "sdpa" runs transformers' sdpa
     with an equivalent mask and counts it in the report. ``packing="position_ids"``: documents packed into a row are
     kept apart by their restarting position ids even where a mask or a cache is given, which transformers ignores.
+    ``continuous_batching=True``: generate_batch runs on the ops too, over transformers' paged cache; without it, it
+    raises. transformers decides by name which attention may batch continuously, so functions of it are wrapped while
+    such a model is patched. For models of other attention they do what they did, and with the last one unpatched (or
+    deleted) the originals are back. Calls that a CUDA graph replays are not in the report.
     ``context_parallel``: a 1-D DeviceMesh, a process group or a ``ContextParallel``: for training with the sequence
     spread over these ranks by ring attention (or Ulysses); ``shard_batch`` cuts batches.
 
-    Nothing global changes except that the key "mc_attention" is registered. The model gets copies of its config
+    Nothing else global changes except that the key "mc_attention" is registered. The model gets copies of its config
     objects, so that another model built from the same config is left alone. Patching twice with the
     same options does nothing.
 
@@ -114,15 +120,13 @@ def patch_model(
         raise ValueError(f'fallback: expected "error" or "sdpa", got {fallback!r}')
     if packing not in (None, "position_ids"):
         raise ValueError(f'packing: expected None or "position_ids", got {packing!r}')
-    if continuous_batching:
-        raise NotImplementedError(
-            "continuous_batching=True: not in this version; generate_batch runs on the unpatched model"
-        )
     if context_parallel is not None:
         context_parallel = read_context_parallel(context_parallel)
+        if continuous_batching:
+            raise NotImplementedError("continuous_batching, context_parallel: the former generates, the latter trains")
         if fallback == "sdpa":
             raise NotImplementedError('fallback="sdpa", context_parallel: sdpa sees no other rank\'s keys')
-    options = Options(fallback, packing, context_parallel)
+    options = Options(fallback, packing, continuous_batching, context_parallel)
     register()
     if isinstance(model, type):
         return _patched_class(model, options)
@@ -146,7 +150,8 @@ def patch_model(
 def unpatch_model(model: Any) -> Any:
     """Undo patch_model exactly; returns the model (or, for a patched class, the class it came from).
 
-    Settings changed on the model's config while it was patched are kept. ValueError if it is not patched.
+    Settings changed on the model's config while it was patched are kept. ValueError if it is not patched, RuntimeError
+    if continuous batching still runs on it; managers that were made for it do not start again.
     """
     if isinstance(model, type):
         if "_mc_base" not in vars(model):
@@ -156,6 +161,8 @@ def unpatch_model(model: Any) -> Any:
     state: _State | None = getattr(root, "_mc_state", None)
     if state is None:
         raise ValueError(f"model: {type(root).__name__} is not patched")
+    if state.claim is not None:
+        state.claim.end(root)
     former = {id(ours): old for old, ours, _ in state.configs}
     for old, ours, before in state.configs:
         ours._attn_implementation_internal = old._attn_implementation_internal
@@ -171,6 +178,7 @@ def unpatch_model(model: Any) -> Any:
         module.__class__ = cls
     for module, _ in state.records:
         del module._mc_record
+    vars(root).pop("init_continuous_batching", None)
     del root._mc_state
     return model
 
@@ -202,7 +210,11 @@ def patch_report(model: nn.Module) -> PatchReport:
         model=type(root).__name__,
         patched=True,
         options={"fallback": state.options.fallback, "packing": state.options.packing}
-        | ({"context_parallel": state.options.context_parallel} if state.options.context_parallel else {}),
+        | {
+            name: given
+            for name in ("continuous_batching", "context_parallel")
+            if (given := getattr(state.options, name))
+        },
         calls={r.name: r.calls for r in records},
         compiled=tuple(r.name for r in records if _stack(r.name) in traced),
         skipped=dict(state.skipped),
@@ -246,12 +258,13 @@ def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
         raise ValueError(
             f"config.output_attentions=True in {asked[0]}: mc_attention forms no attention weights; set it to False"
         )
+    adapted = [(m, adapter) for m in root.modules() if (adapter := adapter_of(type(m))) is not None]
+    claim = paged.claim(root, adapted, skipped) if options.continuous_batching else None
     copies = {id(c): copy.copy(c) for c in configs}
     for ours in copies.values():
         for name, held in vars(ours).items():
             if id(held) in copies:
                 vars(ours)[name] = copies[id(held)]
-    adapted = [(m, adapter) for m in root.modules() if (adapter := adapter_of(type(m))) is not None]
     state = _State(
         options,
         [],
@@ -259,6 +272,7 @@ def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
         [(m, type(m)) for m, _ in adapted],
         [m.register_forward_pre_hook(_refuse_weights, with_kwargs=True) for m in _parts_with(root, attention)],
         [(c, copies[id(c)], dict(vars(copies[id(c)]))) for c in configs],
+        claim,
     )
     for config in configs:
         if id(config) in targets:
@@ -271,6 +285,8 @@ def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
         module.__class__ = adapter
     if options.context_parallel is not None:
         state.hooks += add_hooks(root, options.context_parallel, options.packing)
+    if claim is None and hasattr(root, "init_continuous_batching"):
+        vars(root)["init_continuous_batching"] = paged.refuse
     vars(root)["_mc_state"] = state
 
 

@@ -15,6 +15,7 @@ from hf_flash_mc.ops import flash_attention
 
 from .context_parallel import ContextParallel, spread_attention
 from .masks import document_bounds, key_range_mask, split_mask
+from .paged import is_paged, paged_attention
 
 KEY = "mc_attention"  # "flash", "sdpa", "flex" or "/" in the key would change how transformers treats it
 
@@ -31,6 +32,7 @@ class Options:
 
     fallback: str = "error"
     packing: str | None = None
+    continuous_batching: bool = False
     context_parallel: ContextParallel | None = None
 
 
@@ -78,7 +80,6 @@ def mc_attention(
     NotImplementedError, or with fallback="sdpa" runs transformers' own sdpa function and is counted.
     """
     refuse_weights(output_attentions)
-    _reject_unknown(kwargs)
     record: ModuleRecord | None = getattr(module, "_mc_record", None)
     options = _DEFAULT if record is None else record.options
     if record is not None:
@@ -92,6 +93,14 @@ def mc_attention(
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
     if s_aux is not None and s_aux.dtype not in (query.dtype, torch.float32):
         s_aux = s_aux.float()
+    if is_paged(kwargs):
+        absent = {"attention_mask": attention_mask, "position_bias": position_bias, "indices": indices}
+        shared = {"softcap": softcap, "sinks": s_aux, "scale": scaling}
+        kwargs |= {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
+        kwargs |= {"max_length_q": max_length_q, "max_length_k": max_length_k}
+        ready = options.continuous_batching
+        return paged_attention(module, ready, query, key, value, sliding_window, kwargs, shared, absent), None
+    _reject_unknown(kwargs)
     slots = getattr(key, "slots", None)  # keys of a MegaContextCache know what may be seen: they are in no order
     if slots is not None and hasattr(slots, "attend"):  # keys of several sessions, or only a part of what is seen
         given = {"position_bias": position_bias, "indices": indices, "cu_seq_lens_q": cu_seq_lens_q}
@@ -100,8 +109,6 @@ def mc_attention(
             raise NotImplementedError(f"{', '.join(names)}: not over a session's keys")
         options_here = {"softcap": softcap, "sinks": s_aux, "scale": scaling, "dropout_p": dropout}
         return slots.attend(query, key, value, attention_mask, **options_here).transpose(1, 2).contiguous(), None
-    if s_aux is not None and s_aux.dtype not in (query.dtype, torch.float32):
-        s_aux = s_aux.float()
     if options.context_parallel is not None:
         absent = {"position_bias": position_bias, "indices": indices, "cu_seq_lens_q": cu_seq_lens_q, "slots": slots}
         shared = {"softcap": softcap, "sinks": s_aux, "scale": scaling, "dropout_p": dropout}

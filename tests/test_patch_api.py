@@ -242,8 +242,6 @@ def test_families_that_read_their_masks_are_refused_unless_they_get_dense_ones()
 
 def test_bad_arguments():
     model = causal_model("llama")
-    with pytest.raises(NotImplementedError, match="continuous_batching"):
-        patch_model(model, continuous_batching=True)
     with pytest.raises(TypeError, match="group: expected a ProcessGroup"):
         patch_model(model, context_parallel="ring")
     with pytest.raises(ValueError, match="fallback"):

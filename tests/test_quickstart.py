@@ -1,4 +1,4 @@
-"""The main job runs end to end on a tiny random model, and its exit code tells whether the checks passed."""
+"""The main jobs run end to end on a tiny random model, and their exit codes tell whether the checks passed."""
 
 from __future__ import annotations
 
@@ -43,3 +43,9 @@ def test_wrong_attention_fails_the_run(tiny_model: Path) -> None:
     result = run("-c", SABOTAGE, *arguments)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "FAILED: logits: error / largest" in result.stdout
+
+
+def test_generate_batch_gives_each_question_its_own_answer(tiny_model: Path) -> None:
+    result = run("examples/generate_batch.py", "--model", str(tiny_model), "--new-tokens", "7")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 attention modules run mc_attention, 2 of them reached" in result.stdout

@@ -412,7 +412,11 @@ def _read_mask(mask: Any, q: Tensor, k: Tensor, impl: str) -> tuple[Any, tuple[T
 
 
 def _int32(x: Any) -> Any:
-    return x.to(torch.int32) if isinstance(x, Tensor) and x.dtype == torch.int64 else x
+    """Lengths and tables as the ops take them; a list of lengths also without gaps, which kernels do not expect."""
+    if not isinstance(x, Tensor):
+        return x
+    x = x.to(torch.int32) if x.dtype == torch.int64 else x
+    return x.contiguous() if x.dim() == 1 else x
 
 
 def _may_read(cu_seqlens: Tensor) -> bool:

@@ -26,6 +26,7 @@ from hf_flash_mc.ops.hopper import forward, launch, untimed
 from hf_flash_mc.ops.hopper.plan import HopperConfig
 from hf_flash_mc.ops.portable import plan
 from hf_flash_mc.ops.portable.common import RECIPROCAL_CAP
+from hf_flash_mc.ops.spec import Spec
 
 BF16 = {"dtype": torch.bfloat16, "B": 1, "Hq": 2, "Hkv": 1, "D": 64, "strides": "bshd"}
 TWO, THREE = HopperConfig(2, 64, 2, True), HopperConfig(3, 64, 2, False)
@@ -196,6 +197,14 @@ REFUSED = [
     ({"strides": "expanded", "Hkv": 2}, "stride 0"),
     ({"D": 20}, "multiples of 16 bytes"),
 ]
+
+
+def test_small_tensors_are_read_side_by_side() -> None:
+    """Sinks of another stride were read wrong."""
+    spec = Spec(**{name: torch.zeros(4, 2)[:, 0] for name in ("sinks", "alibi_slopes")})
+    with mock.patch.object(launch, "EMULATED", True):
+        reasons = launch.unsupported(*(torch.zeros(1, 4, 130, 64, dtype=torch.bfloat16) for _ in range(3)), spec)
+    assert reasons == [f"{name}: the last dimension is not contiguous" for name in ("alibi_slopes", "sinks")]
 
 
 @pytest.mark.parametrize(("change", "word"), REFUSED, ids=str)

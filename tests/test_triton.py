@@ -8,9 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import Case, check_results, make_inputs, run_case
+from torch.nn.attention.flex_attention import create_block_mask
 
 pytest.importorskip("triton")
 
+from hf_flash_mc.ops import evaluate_block_mask, flash_attention, flash_attention_varlen
 from hf_flash_mc.ops.portable import launch, plan, shapes
 from hf_flash_mc.ops.portable.common import narrow_parts, split_head_dim
 from hf_flash_mc.ops.spec import Needs, Spec
@@ -137,3 +139,44 @@ def test_misaligned_pointers_after_aligned_ones() -> None:
         out, _ = launch.forward(x, x, x, Spec())
         logits = (x.double() @ x.double().transpose(-1, -2)) * 16**-0.5
         torch.testing.assert_close(out.double(), logits.softmax(-1) @ x.double(), rtol=0, atol=1e-5)
+
+
+def gapped(x: torch.Tensor) -> torch.Tensor:
+    """The same values with something else between them."""
+    return torch.stack([x, torch.full_like(x, 77)], -1)[..., 0]
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["general", "by-shape"])
+@pytest.mark.parametrize("name", ["sinks", "alibi_slopes", "key_log_weight"])
+def test_small_tensors_of_any_strides(name: str, special: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sink for each head was read as if sinks lay side by side."""
+    monkeypatch.setattr(shapes, "ENABLED", special)
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 9, 16, generator=gen).to(DEVICE).requires_grad_() for _ in range(3))
+    x = torch.randn((1, 4, 9) if name == "key_log_weight" else (4,), generator=gen).to(DEVICE)
+    found = []
+    for given in (x, gapped(x)):
+        given = given.detach().requires_grad_(name != "alibi_slopes")
+        wanted = (q, k, v, given) if given.requires_grad else (q, k, v)
+        out, lse = flash_attention(q, k, v, **{name: given}, return_lse=True, impl="triton")
+        found.append((out, lse, *torch.autograd.grad(out.sum() + lse.sum(), wanted)))
+    for close, apart in zip(*found, strict=True):
+        assert torch.equal(close, apart)
+
+
+def test_lengths_of_any_strides() -> None:
+    """Columns of a table of lengths, say."""
+    q = torch.randn(7, 2, 16, device=DEVICE)
+    cu = torch.tensor([0, 3, 7], dtype=torch.int32, device=DEVICE)
+    for bounds in (cu, cu.long()):
+        out = [flash_attention_varlen(q, q, q, x, x, 4, 4, impl="triton") for x in (bounds, gapped(bounds))]
+        assert torch.equal(*out)
+
+
+def test_bits_of_a_block_mask_may_be_strided() -> None:
+    """Also where a call with the same mask on plain memory came before."""
+    lists = evaluate_block_mask(create_block_mask(lambda b, h, i, j: i >= j, 1, 1, 130, 130, DEVICE, BLOCK_SIZE=64))
+    q = torch.randn(1, 2, 130, 16, device=DEVICE)
+    plan.forget()
+    out = [flash_attention(q, q, q, mask=x, impl="triton") for x in (lists, lists._replace(bits=gapped(lists.bits)))]
+    assert torch.equal(*out)

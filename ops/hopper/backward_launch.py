@@ -19,7 +19,7 @@ from .backward_rows import (
     attn_bwd_hopper_round_packed,
     attn_bwd_hopper_rows,
 )
-from .plan import Launch, cap_form, padded, tiles, tma_problem
+from .plan import Launch, cap_form, padded, strided, tiles, tma_problem
 from .untimed import taken
 
 HEAD_DIMS = (40, 128)  # below, padding to 64 wastes more than the fused form saves
@@ -62,10 +62,7 @@ def unsupported_backward(
             reasons.append("key_ranges: the fused backward takes one range for all query heads of a KV head")
         if k.shape[-2] > MAX_KEYS_IN_RANGES:
             reasons.append(f"key_ranges: the fused backward takes up to {MAX_KEYS_IN_RANGES} keys")
-    for name, small in (("key_ranges", ranges), ("key_log_weight", spec.key_log_weight)):
-        if small is not None and small.stride(-1) != 1 and small.shape[-1] != 1:
-            reasons.append(f"{name}: the last dimension is not contiguous")
-    return reasons
+    return reasons + strided(spec)
 
 
 @_on_device

@@ -19,7 +19,7 @@ from ..spec import Gradients, Needs, Spec, Varlen, new_strided
 from ..tuning import architecture
 from . import backward_launch as fused
 from .forward import attn_fwd_hopper_kernel
-from .plan import HopperConfig, Launch, tiles, tma_problem, variant
+from .plan import HopperConfig, Launch, strided, tiles, tma_problem, variant
 from .untimed import taken, untimed
 
 MAX_HEAD_DIM = 256
@@ -46,10 +46,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | No
         problem = tma_problem(x)
         if problem is not None:
             reasons.append(f"{name}: {problem}, which the tensor memory accelerator needs")
-    for name, small in (("key_ranges", spec.key_ranges), ("key_log_weight", spec.key_log_weight)):
-        if small is not None and small.stride(-1) != 1 and small.shape[-1] != 1:
-            reasons.append(f"{name}: the last dimension is not contiguous")
-    return reasons
+    return reasons + strided(spec)
+
 
 
 def reasons_of(plan: Plan, q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None) -> list[str]:

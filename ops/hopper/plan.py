@@ -12,6 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..portable.common import APPROXIMATE_CAP, EXACT_CAP, RECIPROCAL_CAP, Features
 from ..portable.plan import Plan, features
+from ..spec import Spec
 from ..tuning import Config, tuned
 from .common import GROUP_ROWS, Cut
 from .shim import gl
@@ -128,6 +129,16 @@ def tma_problem(x: Tensor) -> str | None:
     if any(s % 8 for s in steps) or x.shape[-1] % 8 or x.data_ptr() % 16:
         return "strides, head dim and base address are not all multiples of 16 bytes"
     return None
+
+
+def strided(spec: Spec) -> list[str]:
+    """Which optional tensors have a last dimension that these kernels cannot stride through."""
+    named = zip(Spec._fields, spec[:6], strict=False)
+    return [
+        f"{name}: the last dimension is not contiguous"
+        for name, x in named
+        if x is not None and name not in ("mask", "bias") and x.stride(-1) != 1 and x.shape[-1] != 1
+    ]
 
 
 class Launch:

@@ -68,11 +68,12 @@ def _planned(
     plan = plan or plan_of(q, k, v, spec, varlen)
     if plan.needs_copies:
         q, k, v = _rows(q), _rows(k), _rows(v)
-        ranges, weight, slopes = spec.key_ranges, spec.key_log_weight, spec.alibi_slopes
+        ranges, weight, slopes, sinks = spec.key_ranges, spec.key_log_weight, spec.alibi_slopes, spec.sinks
         spec = spec._replace(
             key_ranges=None if ranges is None else _rows(ranges),
             key_log_weight=None if weight is None else _rows(weight),
             alibi_slopes=None if slopes is None else _rows(slopes),
+            sinks=None if sinks is None else _rows(sinks),
             block_rows=None if spec.block_rows is None else spec.block_rows.contiguous(),
             block_columns=None if spec.block_columns is None else spec.block_columns.contiguous(),
             block_bits=None if spec.block_bits is None else spec.block_bits.contiguous(),

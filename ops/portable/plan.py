@@ -140,7 +140,7 @@ class Plan:
         bits = spec.block_bits
         self.block = (0, 0) if bits is None else (bits.shape[1] - 1, bits.shape[2] * 32)
         self.own_blocks = spec.block_rows is not None and spec.block_rows.shape[1] > 1
-        rows = (q, k, v, spec.key_ranges, spec.key_log_weight, spec.alibi_slopes)
+        rows = (q, k, v, spec.key_ranges, spec.key_log_weight, spec.alibi_slopes, spec.sinks)
         self.needs_copies = any(t is not None and t.stride(-1) != 1 and t.shape[-1] != 1 for t in rows) or any(
             t is not None and not t.is_contiguous() for t in spec[7:10]
         )
@@ -241,7 +241,8 @@ def plan_of(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None) 
         q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.device, spec[10:],
         torch.backends.cuda.matmul.allow_tf32 if q.dtype == torch.float32 else None,
         tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in spec[:9]]),
-        None if spec.block_bits is None else spec.block_bits.shape[1:],  # not how many blocks have bits
+        # not how many blocks have bits
+        None if spec.block_bits is None else (spec.block_bits.shape[1:], spec.block_bits.is_contiguous()),
         None if varlen is None else (varlen[0].shape, varlen[2:]),
         (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,  # decides whether descriptors may be used
     )  # fmt: skip

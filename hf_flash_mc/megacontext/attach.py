@@ -233,6 +233,19 @@ def layer_windows(root: Any) -> list[int | None]:
     return windows
 
 
+@contextmanager
+def evaluating(root: Any) -> Iterator[None]:
+    """Within: the model neither drops anything out nor checkpoints, as a history is read once and kept."""
+    training = [m for m in root.modules() if m.training] if root.training else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def cache_argument(root: Any) -> str:
     """What the model's forward calls its cache: "cache" in new versions of transformers, else "past_key_values"."""
     return "cache" if "cache" in inspect.signature(type(root).forward).parameters else "past_key_values"

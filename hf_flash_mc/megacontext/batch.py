@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from hf_flash_mc.ops import flash_attention, flash_attention_varlen
 
+from .attach import evaluating
 from .cache import MegaContextCache, SlotLayer, check_reached, refuse_masks
 from .decode import Continuation
 
@@ -155,6 +156,7 @@ class BatchCache(Cache):
         """Free the columns again that `open` reserved."""
         for member, slots in zip(self.members, self._slots, strict=False):
             member.release(slots)
+            member.lose_queries(len(slots))
 
     def exceeds(self, window: int) -> bool:
         """Whether a session with a row has tokens that a window of so many does not reach."""
@@ -322,7 +324,7 @@ def _forward(sessions: list[MegaContextSession], cache: BatchCache, ids: list[Te
     last = torch.tensor([len(ids[i]) for i in active]).cumsum(0) - 1
     positions = np.concatenate([position for position, _ in places])
     try:
-        with first.stats.time("forward"):
+        with first.stats.time("forward"), evaluating(first.model):
             out = first.model(
                 input_ids=row, **first.call_arguments(cache, positions), logits_to_keep=last.to(first.device)
             )

@@ -286,6 +286,10 @@ class MegaContextCache(Cache):
         if self.observe:
             self._query_at = (self._query_at - count) % self.observe
 
+    def lose_queries(self, count: int) -> None:
+        """A forward of ``count`` rows failed: it wrote over the oldest queries, in some layers."""
+        self._query_count = min(self._query_count, max(0, self.observe - count))
+
     def last_queries(self, last: int | None = None) -> Tensor:
         """``[L, Hq, n, D]``, n <= observe (and <= last), oldest first."""
         count = self._query_count if last is None else min(last, self._query_count)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attach import layer_windows
+from .attach import evaluating, layer_windows
 from .memory import KVMemory
 from .positions import Numbering
 from .prefix import Keys, PrefixCache, run
@@ -94,7 +94,8 @@ class CounterfactualScorer:
             part = range(start, min(start + batch, len(plans)))
             cache = PrefixCache(shared, self._own(part, touched, plans, pool), tokens, self.windows)
             rows = ids[None].expand(len(part), -1)
-            logits = run(session.model, cache, positions.expand(len(part), -1), len(targets), input_ids=rows)
+            with evaluating(session.model):
+                logits = run(session.model, cache, positions.expand(len(part), -1), len(targets), input_ids=rows)
             out.append(collect(logits, targets))
         return out
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_flash_mc.patches.attention import KEY
 
 from .allocator import AllocatorState, FocusAllocator
-from .attach import MegaContext, cache_argument, layer_windows
+from .attach import MegaContext, cache_argument, evaluating, layer_windows
 from .cache import MegaContextCache
 from .embedding import EmbeddingMemory
 from .entries import EntryEmbeddings
@@ -224,12 +224,25 @@ class MegaContextSession(Focus):
     def reread(self, count: int) -> None:
         """Run the last ``count`` tokens again, in the working context as it is now.
 
-        ValueError where they are in the tree already: at least the last ``recent_tokens`` tokens never are.
+        ValueError where they are in the tree already: at least the last ``recent_tokens`` tokens never are. If a
+        forward fails, the session is as it was before.
         """
+        self._check_back(count)
+        total, cache, logits = len(self), self.cache, self._logits
+        payload, queries = cache.read(self.memory.slots[-count:]), cache.last_queries()
         ids = self._take_back(count)
-        for first in range(0, count, self.chunk_size):
-            part = ids[first : first + self.chunk_size]
-            self._forward(part, keep=int(first + len(part) == count))
+        try:
+            for first in range(0, count, self.chunk_size):
+                part = ids[first : first + self.chunk_size]
+                self._forward(part, keep=int(first + len(part) == count))
+        except BaseException:
+            if len(self) > total - count:
+                self._take_back(len(self) - (total - count))
+            slots = cache.take(count)
+            cache.write(slots, payload, np.arange(total - count, total))
+            cache.set_queries(queries)
+            self.took(ids, slots, logits)
+            raise
 
     @torch.no_grad()
     def step(self, token: Tensor, refocus: bool = True) -> None:
@@ -362,7 +375,7 @@ class MegaContextSession(Focus):
         count, cache = len(tokens), self.cache
         slots = cache.open(tokens)
         try:
-            with self.stats.time("forward"), torch.no_grad():
+            with self.stats.time("forward"), torch.no_grad(), evaluating(self.model):
                 out = self.model(
                     **inputs,
                     **self.call_arguments(cache, positions),
@@ -371,6 +384,7 @@ class MegaContextSession(Focus):
             cache.close(count)
         except BaseException:
             cache.release(slots)
+            cache.lose_queries(count)
             raise
         return slots, out.logits[0, out.logits.shape[1] - keep :]
 
@@ -401,12 +415,15 @@ class MegaContextSession(Focus):
                 self.memory.commit(self.memory.committed + count, self.memory.tail, self.working_context)
             self.memory.tail = self.memory.tail[count:]
 
-    def _take_back(self, count: int) -> Tensor:
-        """Remove the last ``count`` tokens; their ids."""
+    def _check_back(self, count: int) -> None:
         if not 1 <= count <= len(self.memory.tail):
             raise ValueError(
                 f"count: expected 1 to {len(self.memory.tail)} (the last tokens, not in the tree yet), got {count}"
             )
+
+    def _take_back(self, count: int) -> Tensor:
+        """Remove the last ``count`` tokens; their ids."""
+        self._check_back(count)
         ids = self.memory.tail[-count:].clone()
         self.cache.release(self.memory.slots[-count:])
         self.cache.forget_queries(count)

@@ -32,7 +32,8 @@ def failing_after(model: Any, calls: int, layer: int = 1) -> Any:
 def shown(session: Any) -> list[Any]:
     """All that a session's next token depends on, in the order of its slots."""
     wc, cache, slots = session.working_context, session.cache, torch.from_numpy(session.memory.slots)
-    arrays = [wc.start, wc.lod, session.memory.numbering.position, session.memory.tail.numpy(), session.tokens().numpy()]
+    memory = session.memory
+    arrays = [wc.start, wc.lod, memory.numbering.position, memory.tail.numpy(), session.tokens().numpy()]
     tensors = [cache.kv[:, :, :, slots], cache.log_weight[:, :, slots], cache.token[slots], cache.last_queries()]
     return [x.copy() for x in arrays] + [x.numpy().copy() for x in tensors]
 

@@ -4,9 +4,10 @@
     python examples/prepare_tokens.py --text FOLDER --name mine --out data
     python examples/prepare_tokens.py --name topics --out data      # Python's own reference: on every machine
 
-One file in ten is held out, chosen by its name, so that no text is on both sides however often this runs. A package is
-downloaded with apt and unpacked, never installed; texts stay under their own licences and are not shipped. Files ending
-in .txt, .rst and .md are read, .gz unpacked (python3.11-doc, jargon-text, debian-reference-en, ...).
+One file in ten (``--one-in``) is held out, chosen by its name; of files with the same text only the first counts. So no
+text is on both sides, however often this runs. A package is downloaded with apt and unpacked, never installed; texts
+stay under their own licences and are not shipped. Files ending in .txt, .rst and .md are read, .gz unpacked
+(python3.11-doc, linux-doc-6.1, jargon-text, ...).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import gzip
 import hashlib
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -27,7 +28,6 @@ from transformers.utils import logging as transformers_logging
 from hf_flash_mc.megacontext.evaluate import SUFFIXES
 from hf_flash_mc.megacontext.training import save_tokens
 
-HELD_OUT = 10  # one file in so many
 SHORTEST = 200  # characters of a file that counts
 
 
@@ -42,12 +42,12 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with tempfile.TemporaryDirectory() as scratch:
         if options.package:
-            texts = dict(read_folder(unpack(options.package, Path(scratch))))
+            texts = distinct(read_folder(unpack(options.package, Path(scratch))))
         else:
-            texts = dict(read_folder(Path(options.text)) if options.text else topics.items())
+            texts = distinct(read_folder(Path(options.text)) if options.text else sorted(topics.items()))
     out = Path(options.out)
     for side in ("train", "held-out"):
-        names = [name for name in sorted(texts) if held_out(name) == (side == "held-out")]
+        names = [name for name in sorted(texts) if held_out(name, options.one_in) == (side == "held-out")]
         path = out / f"{options.name}-{side}.npy"
         count = save_tokens(path, (encode(tokenizer, texts[name]) for name in names))
         print(f"{path}: {count} tokens of {len(names)} files")
@@ -60,13 +60,24 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     source.add_argument("--text", help="a folder of text")
     parser.add_argument("--name", required=True, help="what the files are called")
     parser.add_argument("--out", default="data")
+    parser.add_argument("--one-in", type=int, default=10, help="hold out one file in so many (default 10)")
     parser.add_argument("--model", help="whose tokenizer (default: SmolLM2-135M)")
     return parser.parse_args(arguments)
 
 
-def held_out(name: str) -> bool:
+def distinct(texts: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Texts by name, each text once: packages ship some of their files twice, under two names."""
+    names: dict[bytes, str] = {}
+    kept = {}
+    for name, text in texts:
+        if names.setdefault(hashlib.sha256(text.encode()).digest(), name) == name:
+            kept[name] = text
+    return kept
+
+
+def held_out(name: str, one_in: int) -> bool:
     """Whether a file is held out: by its name alone."""
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % one_in == 0
 
 
 def unpack(package: str, scratch: Path) -> Path:

@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", required=True, help="tokens to learn from (prepare_tokens.py)")
+    parser.add_argument("--train", required=True, nargs="+", help="tokens to learn from (prepare_tokens.py)")
     parser.add_argument("--held-out", required=True, help="tokens to evaluate on")
     parser.add_argument("--out", required=True, help="folder of the heads")
     parser.add_argument("--model", help="folder or hub name of a causal language model (default: SmolLM2-135M)")
@@ -130,8 +130,8 @@ def run(
     """All steps from number ``first`` on."""
     layout, model = task.layout, task._hold[0]
     length = layout.context + layout.horizon
-    windows = training.Windows(options.train, length)
-    held = training.Windows(options.held_out, length).apart(options.windows)
+    windows = training.Windows(*options.train, length=length)
+    held = training.Windows(options.held_out, length=length).apart(options.windows)
     about, main = settings(options, accelerator), accelerator.is_main_process
     last = options.steps if options.stop_after is None else min(options.steps, first + options.stop_after)
     line: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from hf_flash_mc.megacontext.io import CONFIG
 from hf_flash_mc.megacontext.lensnet import OracleLens
 from hf_flash_mc.megacontext.quality import summarise, table_of
 from hf_flash_mc.megacontext.states import Setting, measure_window
+from hf_flash_mc.megacontext.training import save_tokens
 from hf_flash_mc.megacontext.working_context import Edits
 
 
@@ -168,6 +169,16 @@ def test_trained_heads_stand_beside_the_baselines(tmp_path, monkeypatch) -> None
     wrong = CliRunner().invoke(app, arguments)
     assert wrong.exit_code == 2
     assert "heads: expected gists of 8 tokens" in wrong.output
+
+
+def test_windows_are_cut_from_prepared_tokens_and_do_not_overlap(tmp_path: Path) -> None:
+    save_tokens(tmp_path / "held.npy", [torch.arange(500), torch.arange(1000, 1070)])
+    command = ["--model", "", "--tokens", str(tmp_path / "held.npy"), "--context", "6", "--windows", "8"]
+    evaluation.main([*command, "--save-tokens", str(tmp_path / "windows.npy")])
+    cut = torch.from_numpy(np.load(tmp_path / "windows.npy").astype(np.int64))
+    assert cut.shape == (8, 6 + evaluation.TARGETS)
+    assert (cut.diff(dim=1) == 1).all()
+    assert cut.unique().numel() == cut.numel()
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:

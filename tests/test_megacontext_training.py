@@ -70,7 +70,7 @@ def test_gists_train_and_a_resumed_run_equals_an_unbroken_one(data: Path, tmp_pa
 def test_windows_stay_inside_documents_and_are_drawn_by_their_seed(data: Path) -> None:
     lines = [torch.arange(100), torch.arange(1000, 1007), torch.arange(2000, 2040)]
     assert training.save_tokens(data / "lines.npy", lines) == 147
-    windows = training.Windows(data / "lines.npy", 10)
+    windows = training.Windows(data / "lines.npy", length=10)
     rows = windows.draw(3000, 3, 1)
     assert (rows.diff(dim=1) == 1).all()
     assert set(rows[:, 0].tolist()) == {*range(91), *range(2000, 2031)}
@@ -78,7 +78,16 @@ def test_windows_stay_inside_documents_and_are_drawn_by_their_seed(data: Path) -
     assert not torch.equal(rows, windows.draw(3000, 3, 2))
     assert windows.apart(14).unique().numel() == 140
     with pytest.raises(ValueError, match="at least 101"):
-        training.Windows(data / "lines.npy", 101)
+        training.Windows(data / "lines.npy", length=101)
+
+
+def test_windows_of_several_files(data: Path) -> None:
+    training.save_tokens(data / "one.npy", [torch.arange(15), torch.arange(100, 105)])
+    training.save_tokens(data / "two.npy", [torch.arange(200, 211)])
+    windows = training.Windows(data / "one.npy", data / "two.npy", length=10)
+    rows = windows.draw(300, 0)
+    assert (rows.diff(dim=1) == 1).all()
+    assert set(rows[:, 0].tolist()) == {*range(6), 200, 201}
 
 
 def test_what_would_never_learn_is_named() -> None:
@@ -106,11 +115,16 @@ def test_files_are_split_by_name(data: Path, tmp_path: Path) -> None:
     prepare = script("prepare_tokens")
     (tmp_path / "sub").mkdir()
     for i in range(20):
-        (tmp_path / "sub" / f"{i}.txt").write_text("word " * 100)
+        (tmp_path / "sub" / f"{i}.txt").write_text(f"{i} " + "word " * 100)
     (tmp_path / "short.txt").write_text("word")
     (tmp_path / "image.png").write_bytes(b"\x00" * 999)
     names = [name for name, _ in prepare.read_folder(tmp_path)]
     assert len(names) == 20
-    sides = {name: prepare.held_out(name) for name in names}
-    assert sides == {name: prepare.held_out(name) for name in reversed(names)}
-    assert 0 < sum(prepare.held_out(str(i)) for i in range(1000)) < 200
+    sides = {name: prepare.held_out(name, 10) for name in names}
+    assert sides == {name: prepare.held_out(name, 10) for name in reversed(names)}
+    assert 0 < sum(prepare.held_out(str(i), 10) for i in range(1000)) < 200
+    assert 150 < sum(prepare.held_out(str(i), 5) for i in range(1000)) < 250
+
+
+def test_a_text_under_two_names_counts_once() -> None:
+    assert script("prepare_tokens").distinct([("a", "x"), ("b", "y"), ("c", "x")]) == {"a": "x", "b": "y"}

@@ -188,7 +188,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True, help="folder or hub name of a causal language model")
     parser.add_argument("--text", help="folder or file of text")
-    parser.add_argument("--tokens", help="windows of token ids saved before, .npy [n, context + 64], instead of --text")
+    parser.add_argument("--tokens", help="instead of --text: a file of prepare_tokens.py, or windows saved before")
     parser.add_argument("--save-tokens", help="write the windows there and stop")
     parser.add_argument("--windows", type=int, default=200)
     parser.add_argument("--context", type=int, default=2048)
@@ -253,7 +253,12 @@ def _last(argument: Any) -> Any:
 def _windows(options: argparse.Namespace) -> Tensor:
     length = options.context + TARGETS
     if options.tokens:
-        held = torch.from_numpy(np.load(options.tokens).astype(np.int64))
+        tokens = np.load(options.tokens, mmap_mode="r")
+        if tokens.ndim == 1:
+            from .training import Windows
+
+            return Windows(options.tokens, length=length).apart(options.windows, options.seed)
+        held = torch.from_numpy(tokens.astype(np.int64))
         if held.dim() != 2 or held.shape[1] != length or len(held) < options.windows:
             raise SystemExit(f"--tokens: expected [{options.windows} or more, {length}], got {list(held.shape)}")
         return held[: options.windows]

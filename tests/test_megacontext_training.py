@@ -14,6 +14,8 @@ from patch_models import VOCAB, causal_model
 from safetensors.torch import load_file
 
 from hf_flash_mc.megacontext import training
+from hf_flash_mc.megacontext.attach import detach_megacontext
+from hf_flash_mc.megacontext.evaluate import TARGETS, evaluate
 from hf_flash_mc.megacontext.io import WEIGHTS, load_megacontext
 
 EXAMPLES = str(Path(__file__).resolve().parent.parent / "examples")
@@ -65,6 +67,53 @@ def test_gists_train_and_a_resumed_run_equals_an_unbroken_one(data: Path, tmp_pa
     assert not [n for n in whole if n.startswith("model.")], "heads only"
     with pytest.raises(ValueError, match="other settings"):
         run(gist_arguments(data, tmp_path / "whole", *more, "--seed", "5"))
+
+
+def lens_arguments(data: Path, out: Path, *more: str) -> list[str]:
+    files = ["--model", str(data / "model"), "--train", str(data / "train.npy"), "--held-out", str(data / "held.npy")]
+    sizes = ["--context", "60", "--horizon", "8", "--batch", "4", "--windows", "4", "--steps", "8", "--log-every", "1"]
+    lens = ["--lens", '{"kind": "dual", "width": 32, "head_dim": 16, "prior": "gist_mass"}', "--edits", "5"]
+    return [*files, "--out", str(out), *sizes, *lens, *more]
+
+
+@pytest.mark.parametrize("lessons", [None, 3])
+def test_lenses_train_on_trained_gists_and_resume_and_load_everywhere(
+    data: Path, tmp_path: Path, lessons: int | None
+) -> None:
+    script("train_gist").main(gist_arguments(data, tmp_path / "gists", "--gist", '{"rank": 4}', "--lr", "1e-2"))
+    run = script("train_lens").main
+    more = ["--heads", str(tmp_path / "gists"), *([] if lessons is None else ["--lessons", str(lessons)])]
+    line = run(lens_arguments(data, tmp_path / "whole", *more, "--save-every", "3"))
+    assert line["step"] == 8
+    assert {"lens", "gist_mass", "recency", "random", "oracle"} <= line.keys()
+    for stop in ("1", "4", "99"):
+        run(lens_arguments(data, tmp_path / "broken", *more, "--save-every", "2", "--stop-after", stop))
+    whole, broken, gists = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "broken", "gists"))
+    assert whole.keys() == broken.keys()
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    assert {name.split(".")[0] for name in whole} == {"gist", "lens"}, "heads only"
+    assert all(torch.equal(whole[name], x) for name, x in gists.items()), "the gists stay as they were"
+    assert whole["lens.head.2.weight"].abs().sum() > 0, "the lens moved"
+    logs = [json.loads(row) for row in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logs if "loss" in row] == list(range(1, 9))
+    # a session scores with it, and evaluate has a row of it
+    model = causal_model("llama")
+    model.config._name_or_path = str(data / "model")
+    session = load_megacontext(model, tmp_path / "whole").megacontext.session()
+    session.ingest(torch.arange(3, 63))
+    assert session.scores().shape == (60,)
+    detach_megacontext(model)
+    ids = training.Windows(data / "held.npy", length=60 + TARGETS).apart(2)
+    rows = evaluate(model, ids, block=4, tail=8, sink=4, expansions=(2,), heads=tmp_path / "whole", label="trained ")
+    assert all("trained lens" in row for row in rows)
+
+
+def test_lens_arguments_that_do_not_go_together(data: Path, tmp_path: Path) -> None:
+    run = script("train_lens").main
+    with pytest.raises(SystemExit, match="expected a kind that is trained"):
+        run([*lens_arguments(data, tmp_path), *SIZES[:2], *SIZES[6:10], "--lens", '{"kind": "recency"}'])
+    with pytest.raises(SystemExit):
+        run(lens_arguments(data, tmp_path, "--heads", str(tmp_path), "--block-size", "8"))
 
 
 def test_windows_stay_inside_documents_and_are_drawn_by_their_seed(data: Path) -> None:

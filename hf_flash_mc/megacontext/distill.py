@@ -215,15 +215,15 @@ class GistTask(nn.Module):
     def _kv_student(self, lesson: Lesson, levels: Tensor, made: list[Gists]) -> Tensor:
         layout, device = self.layout, lesson.ids.device
         shown = self._tokens(levels).to(device)  # [B, t]
-        keys, values = ([_take(x, shown)] for x in (lesson.keys, lesson.values))
+        keys, values = ([take(x, shown)] for x in (lesson.keys, lesson.values))
         tokens = [shown]
         weight = [keys[0].new_zeros(keys[0].shape[:-1], dtype=torch.float32)]  # [L, B, Hkv, t]
         for gists in made:
             if gists.keys is None or gists.values is None:
                 continue
             chosen = self._chosen(levels, gists).to(device)  # [B, g], into gists.blocks
-            keys.append(_take(gists.keys, chosen))
-            values.append(_take(gists.values, chosen))
+            keys.append(take(gists.keys, chosen))
+            values.append(take(gists.values, chosen))
             beta = self.gist.log_weight(torch.full((1,), gists.lod, device=device))  # [L, Hkv, 1]
             weight.append(beta[:, None].expand(*keys[-1].shape[:-1]))
             first = torch.tensor(gists.blocks, device=device)[chosen] * layout.block + layout.first
@@ -324,10 +324,11 @@ def _ones(seen: Tensor) -> Tensor:
     return index.view(len(seen), -1)
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """``[L, B, Hkv, n, D]`` at ``index [B, m]``: ``[L, B, Hkv, m, D]``."""
-    where = index[None, :, None, :, None].expand(x.shape[0], -1, x.shape[2], -1, x.shape[4])
-    return x.gather(3, where)
+def take(x: Tensor, index: Tensor, variants: int = 1) -> Tensor:
+    """``[L, B, Hkv, n, D]`` at ``index [B * variants, m]``: ``[L, B * variants, Hkv, m, D]``."""
+    held = x[:, :, None].expand(-1, -1, variants, -1, -1, -1)
+    where = index.unflatten(0, (-1, variants))[None, :, :, None, :, None]
+    return held.gather(4, where.expand(x.shape[0], -1, -1, x.shape[2], -1, x.shape[4])).flatten(1, 2)
 
 
 @torch.no_grad()

@@ -88,6 +88,15 @@ def _check_weights(path: Path, found: dict[str, Tensor], wanted: dict[str, Tenso
         raise ValueError(f"{path}: weights do not fit {CONFIG} beside it: {'; '.join(problems)}; nothing was loaded")
 
 
+def load_gist(addon: MegaContext, folder: str | Path) -> None:
+    """Put the GistNet of a saved add-on, of the same settings, into this one; the lens stays. ValueError if it does not
+    fit."""
+    path, prefix = Path(folder) / WEIGHTS, "gist."
+    found = {name: x for name, x in _read_tensors(path).items() if name.startswith(prefix)}
+    _check_weights(path, found, {name: x for name, x in addon.state_dict().items() if name.startswith(prefix)})
+    addon.gist.load_state_dict({name.removeprefix(prefix): x for name, x in found.items()})
+
+
 def save_session(session: MegaContextSession, folder: str | Path) -> None:
     """Write a session so that `load_session` gives it back as it is: history, working context, positions, state.
 

@@ -78,7 +78,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x ``[B, S, W]`` attends to itself, or to context ``[B, Sk, W]`` -> ``[B, S, W]``.
 
-        tables, context_tables: rotary tables ``[S, D]`` of the queries and of the context's keys; None for no rotation.
+        tables, context_tables: rotary tables ``[S, D]`` or ``[B, S, D]`` of the queries and of the context's keys; None
+        for no rotation.
         count: int32, no dimension: only so many keys are seen, the rest is padding; None for all.
         """
         if context is None:
@@ -94,10 +95,10 @@ class Attention(nn.Module):
 
 
 def _placed(x: Tensor, tables: Tables | None) -> Tensor:
-    """Rotate ``[B, S, H, D]`` by tables ``[S, D]``."""
+    """Rotate ``[B, S, H, D]`` by tables ``[S, D]`` or ``[B, S, D]``."""
     if tables is None:
         return x
-    cos, sin = (table.to(x.dtype)[:, None] for table in tables)
+    cos, sin = (table.to(x.dtype)[..., None, :] for table in tables)
     return rotate(x, cos, sin)
 
 

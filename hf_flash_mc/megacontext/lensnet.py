@@ -22,6 +22,8 @@ from .rope import rope_tables, span_sigma
 class LensInput:
     """What a lens sees of a working context of N entries. Tensors of one device.
 
+    Training scores B contexts of as many entries at once: then all tensors but ``cursor`` begin with B.
+
     start: int64 ``[N]``; lod: integers ``[N]``; cursor: length of the history (where the next
     token goes), an int or an int64 tensor of no dimension.
     entries: ``[N, d]``, an embedding of each entry; tail: ``[t, d]``, gists of the latest history in any order;
@@ -55,10 +57,11 @@ class LensInput:
     def need(self, name: str, lens: Any) -> Tensor:
         """The field ``name``, or a ValueError that says which lens misses it."""
         value = getattr(self, name)
-        if value is None or (name != "tail" and value.shape[0] != self.start.shape[0]):
+        shape = self.start.shape
+        if value is None or (name != "tail" and value.shape[: len(shape)] != shape):
             got = None if value is None else list(value.shape)
             raise ValueError(
-                f"{name}: {type(lens).__name__} expects one for each of {self.start.shape[0]} entries, got {got}"
+                f"{name}: {type(lens).__name__} expects one for each of {list(shape)} entries, got {got}"
                 if name != "tail"
                 else f"tail: {type(lens).__name__} expects the gists of the latest history [t, d], got None"
             )
@@ -84,7 +87,11 @@ class Lens(nn.Module):
 
     def score(self, context: LensInput) -> Tensor:
         """Legal scores: float32 ``[N]`` in [-1, 1]. Where legality clips a score its gradient is 0."""
-        score, lod = self(context).float(), context.lod
+        return self.legal(self(context), context)
+
+    def legal(self, raw: Tensor, context: LensInput) -> Tensor:
+        """What legality makes of a forward's scores ``[N]``."""
+        score, lod = raw.float(), context.lod
         low = torch.where(lod == self.max_lod, 0.0, -1.0)
         score = torch.minimum(torch.maximum(score, low), torch.where(lod == 0, 0.0, 1.0))
         real = context.real
@@ -139,7 +146,7 @@ class GistMassLens(Lens):
         counted, out = torch.where(fixed, torch.nan, mass), torch.full_like(mass, torch.nan)
         for lod in range(self.max_lod + 1):
             here = context.lod == lod
-            out = torch.where(here, torch.where(here, counted, torch.nan).nanmedian(), out)
+            out = torch.where(here, torch.where(here, counted, torch.nan).nanmedian(-1, keepdim=True).values, out)
         return out
 
 
@@ -249,31 +256,36 @@ class TrainedLens(Lens):
         seven).
         """
         levels = torch.arange(self.max_lod + 1, device=context.lod.device)
-        level = (context.lod[:, None] == levels).float()
+        level = (context.lod[..., None] == levels).float()
         away, length = self.middle(context).clamp(min=0), _length(context)
         columns = [away / length, torch.log1p(away) / torch.log1p(length)]
         if context.attention_mass is None:
             columns += [torch.zeros_like(away)] * 2
         else:
             mass, real, n = context.need("attention_mass", self).float(), context.real, context.count
-            mean = mass.mean() if real is None or n is None else torch.where(real, mass, 0.0).sum() / n
+            mean = mass.mean(-1, keepdim=True) if real is None or n is None else torch.where(real, mass, 0.0).sum() / n
             columns += [_compared(mass, mean), torch.ones_like(away)]
         columns.append(torch.ones_like(away))
-        return torch.cat((level, torch.stack(columns, 1)), 1)
+        return torch.cat((level, torch.stack(columns, -1)), -1)
 
     def encode(self, name: str, context: LensInput) -> Tensor:
-        """Entries or tail at the lens's width: ``[1, n, W]``."""
+        """Entries or tail at the lens's width: ``[B, n, W]``, with B = 1 where the context has none."""
         x, size = context.need(name, self), self.project.in_features
-        if x.dim() != 2 or x.shape[1] != size:
+        if x.dim() != context.start.dim() + 1 or x.shape[-1] != size:
             raise ValueError(f"{name}: expected [n, {size}] (hidden_size or lens['entry_dim']), got {list(x.shape)}")
-        return self.project(rms_norm(x.to(self.project.weight.dtype)))[None]
+        return batched(self.project(rms_norm(x.to(self.project.weight.dtype))))
 
     def finished(self, x: Tensor, features: Tensor, context: LensInput) -> Tensor:
-        """Scores from the network's output and the features, ``[1, N, W]`` each."""
-        raw = self.head(torch.cat((rms_norm(x), features), -1))[0, :, 0].float()
+        """Scores from the network's output and the features, ``[B, N, W]`` each."""
+        raw = self.head(torch.cat((rms_norm(x), features), -1))[..., 0].reshape(context.start.shape).float()
         if self.prior is not None:
             raw = raw + self.prior(context).clamp(-0.999, 0.999).atanh()
         return raw.tanh()
+
+
+def batched(x: Tensor) -> Tensor:
+    """``[n, W]`` as a batch of one; ``[B, n, W]`` as it is."""
+    return x if x.dim() == 3 else x[None]
 
 
 class DualLens(TrainedLens):
@@ -294,7 +306,7 @@ class DualLens(TrainedLens):
     def forward(self, context: LensInput) -> Tensor:
         """Needs ``entries`` and ``tail``."""
         tail, x = self.encode("tail", context), self.encode("entries", context)
-        features = self.features(self.describe(context).to(x.dtype))[None]
+        features = batched(self.features(self.describe(context).to(x.dtype)))
         x = x + features
         for gather, spread in zip(self.gather, self.spread, strict=True):
             tail = gather(tail, x, count=context.count)
@@ -314,7 +326,7 @@ class TransformerLens(TrainedLens):
         self.finish()
 
     def tables(self, context: LensInput) -> Tables:
-        """Rotary tables ``[N, head_dim]`` with Gaussian damping."""
+        """Rotary tables ``[..., N, head_dim]`` with Gaussian damping."""
         exponents = torch.arange(0, self.head_dim, 2, device=context.start.device) / self.head_dim
         sigma = span_sigma(self.span(context.lod))
         return rope_tables(self.settings.rope_theta**-exponents, self.middle(context), sigma=sigma)
@@ -322,7 +334,7 @@ class TransformerLens(TrainedLens):
     def forward(self, context: LensInput) -> Tensor:
         """Needs ``entries``."""
         x, tables = self.encode("entries", context), self.tables(context)
-        features = self.features(self.describe(context).to(x.dtype))[None]
+        features = batched(self.features(self.describe(context).to(x.dtype)))
         x = x + features
         for block in self.blocks:
             x = block(x, tables=tables, count=context.count)

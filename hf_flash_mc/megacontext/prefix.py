@@ -114,6 +114,8 @@ class PrefixCache(Cache):
         mask = prefix_mask = None
         if window is not None:
             prefix_mask, mask = self._window_masks(window, query.device)
+            if prefix_mask is not None and prefix_mask.shape[0] > 1:  # of each prefix: for all of its variants
+                prefix_mask = prefix_mask.repeat_interleave(query.shape[0] // prefix_mask.shape[0], 0)
         return shared_prefix_attention(
             query,
             key,

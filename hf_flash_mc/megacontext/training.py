@@ -6,11 +6,12 @@ stopped.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from .evaluate import sample_windows
 from .io import WEIGHTS, _check_weights, _read_tensors, _write_tensors
 
+WARMUP, CLIP, DECAY = 50, 1.0, 0.01
+NOT_SETTINGS = ("out", "save_every", "evaluate_every", "windows", "tracker", "stop_after", "log_every")
 OPTIMIZER, PROGRESS, PREFIX = "optimizer.safetensors", "training.json", "checkpoint-"
 
 
@@ -170,3 +173,123 @@ def load_checkpoint(folder: Path, addon: Any, optimizer: Any, about: dict[str, A
         state.setdefault(int(index), {})[name] = x
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(progress["step"])
+
+
+# ---- the scripts' own parts ------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int, lr: float, every: int) -> None:
+    """What every training script takes."""
+    parser.add_argument("--train", required=True, nargs="+", help="tokens to learn from (prepare_tokens.py)")
+    parser.add_argument("--held-out", required=True, help="tokens to evaluate on")
+    parser.add_argument("--out", required=True, help="folder of the heads")
+    parser.add_argument("--model", help="folder or hub name of a causal language model (default: SmolLM2-135M)")
+    parser.add_argument("--context", type=int, default=2048, help="tokens of history (default 2048)")
+    parser.add_argument("--horizon", type=int, default=64, help="next tokens that are judged (default 64)")
+    parser.add_argument("--coarse", type=float, default=0.25, help="share of steps with gists of gists (default 0.25)")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch", type=int, default=batch, help=f"windows of a step and process (default {batch})")
+    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--save-every", type=int, default=every)
+    parser.add_argument("--evaluate-every", type=int, default=every)
+    parser.add_argument("--log-every", type=int, default=20)
+    parser.add_argument("--windows", type=int, default=64, help="held-out windows of an evaluation (default 64)")
+    parser.add_argument("--stop-after", type=int, help="end after so many steps of this call, as if interrupted")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", help="of the base model (default: bfloat16 on a GPU, else float32)")
+    parser.add_argument("--tracker", help="of accelerate: tensorboard, wandb, ...")
+
+
+def settings(options: argparse.Namespace, accelerator: Any) -> dict[str, Any]:
+    """What a run must share to go on from a checkpoint."""
+    kept = {k: v for k, v in vars(options).items() if k not in NOT_SETTINGS}
+    return kept | {"processes": accelerator.num_processes}
+
+
+def drawn(*seed: int) -> torch.Generator:
+    """Random numbers of (seed, step, process, ...)."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+
+
+class Trainer:
+    """The loop of the training scripts: it learns, saves, goes on, evaluates and writes its log.
+
+    Args:
+        task: a module whose call gives the "loss" and its parts, and whose parameters are a head's alone.
+        head: the module of ``model.megacontext`` that is trained; all else is frozen.
+        options: of `add_arguments`.
+        shown: parts of a line of the log that the progress bar shows.
+    """
+
+    def __init__(
+        self, model: Any, head: nn.Module, task: nn.Module, options: argparse.Namespace, accelerator: Any,
+        shown: Sequence[str],
+    ) -> None:  # fmt: skip
+        freeze_base(model, head)
+        self.addon, self.model, self.task = model.megacontext, model, task
+        self.options, self.accelerator = options, accelerator
+        optimizer = torch.optim.AdamW(task.parameters(), options.lr, betas=(0.9, 0.95), weight_decay=DECAY)
+        self.shown, self.about, self.first = shown, settings(options, accelerator), 0
+        self.step_of, self.optimizer = accelerator.prepare(task, optimizer)
+        if found := checkpoints(options.out):
+            self.first = load_checkpoint(found[-1], self.addon, self.optimizer, self.about)
+            accelerator.print(f"going on from {found[-1]}")
+
+    def run(
+        self, inputs: Callable[[int], Iterable[tuple[Any, ...]]], count: int, evaluate: Callable[[], dict[str, float]]
+    ) -> dict[str, Any]:
+        """All steps from the last checkpoint on; the last line of the log.
+
+        Args:
+            inputs: from the number of a step to the arguments of the task's ``count`` calls in it.
+            evaluate: what is measured on held-out text.
+        """
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+        options, main = self.options, self.accelerator.is_main_process
+        last = options.steps if options.stop_after is None else min(options.steps, self.first + options.stop_after)
+        line: dict[str, Any] = {}
+        steps = range(self.first, last)
+        bar = tqdm(steps, initial=self.first, total=options.steps, disable=not main, unit="step")
+        for step in bar:
+            parts = self._learn(step, inputs(step), count)
+            done = step + 1
+            if main and (done % options.log_every == 0 or done == last):
+                line = {"step": done, **{name: float(x.detach()) for name, x in parts.items()}}
+                self._note(line, bar)
+            if main and (done % options.evaluate_every == 0 or done == options.steps):
+                line = {"step": done, **evaluate()}
+                self._note(line, bar)
+                bar.write(", ".join(f"{k} {v:.4g}" for k, v in line.items()))
+            if main and (done % options.save_every == 0 or done == last):
+                save_checkpoint(options.out, done, self.addon, self.optimizer, self.about)
+            self.accelerator.wait_for_everyone()
+        if main and last == options.steps:
+            self.addon.save_pretrained(options.out)
+        return line
+
+    def _learn(self, step: int, inputs: Iterable[tuple[Any, ...]], count: int) -> dict[str, Any]:
+        """One step of the optimizer; the parts of the last loss, and the gradient's norm."""
+        options = self.options
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, options.steps, options.lr, min(WARMUP, options.steps // 4))
+        parts: dict[str, Any] = {}
+        for arguments in inputs:
+            parts = self.step_of(*arguments)
+            self.accelerator.backward(parts["loss"] / count)
+        norm = self.accelerator.clip_grad_norm_(self.task.parameters(), CLIP)
+        if step == self.first:
+            check_learning(self.task, self.optimizer, self.model)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {"norm": norm, **parts}
+
+    def _note(self, line: dict[str, Any], bar: Any) -> None:
+        """To the bar, the log and the tracker."""
+        bar.set_postfix({k: f"{v:.3g}" for k, v in line.items() if k in self.shown})
+        out = Path(self.options.out)
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / "log.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.options.tracker:
+            self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])

@@ -495,3 +495,13 @@ def test_reading_by_single_chunks_refocuses_too() -> None:
         session.ingest(part, refocus=True)
     assert session.stats.refocuses == 9
     session.check_invariants()
+
+
+@pytest.mark.parametrize("lens", ["gist_mass", "recall", "dual"])
+def test_a_first_chunk_larger_than_the_window(lens: str) -> None:
+    settings = {"width": 32, "head_dim": 16} if lens == "dual" else {}
+    session = attached("llama", dataclasses.replace(CONFIG, w_max=32, lens={"kind": lens, **settings})).megacontext
+    session = session.session()
+    session.ingest(history(100))
+    assert len(session) == 100
+    session.check_invariants()

@@ -144,7 +144,7 @@ class GistMassLens(Lens):
         if (real := context.real) is not None:
             fixed = fixed | ~real
         counted, out = torch.where(fixed, torch.nan, mass), torch.full_like(mass, torch.nan)
-        for lod in range(self.max_lod + 1):
+        for lod in range(self.max_lod + 1 if mass.shape[-1] else 0):  # nothing has no median
             here = context.lod == lod
             out = torch.where(here, torch.where(here, counted, torch.nan).nanmedian(-1, keepdim=True).values, out)
         return out

@@ -311,5 +311,7 @@ def test_windows_that_the_cache_does_not_know_of_are_refused():
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
 def test_on_a_gpu_with_and_without_cuda_graphs(family, graphs):
     exact = stock(family).cuda()
+    if family == "gpt_oss":
+        exact.set_experts_implementation("batched_mm")  # in float32 the other one copies to the host: no graph takes it
     model = patch_model(twin(exact), continuous_batching=True)
     assert batch(model, use_cuda_graph=graphs, use_async_batching=graphs) == alone(exact)

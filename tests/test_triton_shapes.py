@@ -11,11 +11,13 @@ import pytest
 import torch
 from helpers import Case, make_inputs, run_case
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
+import triton.language as tl
 from test_triton import BF16, DEVICE, FP16, ONCE_WRONG
 
 from hf_flash_mc.ops.portable import launch, plan, shapes
+from hf_flash_mc.ops.portable.common import LOG2E, softmax_end
 from hf_flash_mc.ops.spec import Needs, Spec
 
 pytestmark = pytest.mark.skipif(
@@ -34,6 +36,9 @@ FEW_KEYS = [
     Case(Sq=40, Sk=9, key_ranges="empty", sinks=True, dlse=True, poison=True),
     Case(B=2, Hq=4, Sq=40, Sk=8, dtype=BF16, strides="bshd", dlse=True, key_log_weight="h-", poison=True),
     Case(Hq=4, Hkv=1, Sq=63, Sk=3, strides="expanded", window=(60, 50)),
+    # compiled, m - sink * LOG2E was an FMA: rows that saw the sink alone were not known for what they were
+    Case(B=3, Hq=6, Hkv=3, Sq=63, Sk=1, D=64, dtype=FP16, causal=True, window=(1, 5), key_ranges="full",
+         ranges_shape="b", sinks=True, dlse=True, strides="expanded", aux_fp32=False, poison=True, seed=11216),
     Case(B=2, Hq=4, Sq=20, Sk=20, **EVERYTHING),
     Case(B=2, Hq=4, Sq=33, Sk=11, dtype=BF16, strides="lastdim", **EVERYTHING),
 ]
@@ -48,6 +53,25 @@ FEW_QUERIES = [
     Case(B=2, Hq=4, Sq=6, Sk=100, **EVERYTHING),
     Case(B=2, Hq=8, Sq=9, Sk=77, dtype=BF16, strides="lastdim", **EVERYTHING),
 ]
+
+
+@triton.jit
+def _end_of_rows(m_ptr, l_ptr, sink_ptr, lse_ptr, SIZE: tl.constexpr, F: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    lse, _ = softmax_end(tl.load(m_ptr + at), tl.load(l_ptr + at), tl.load(sink_ptr + at), F)
+    tl.store(lse_ptr + at, lse)
+
+
+def test_a_row_of_the_sink_alone_is_known_however_its_weight_was_rounded() -> None:
+    sink = torch.tensor([-3.3, 0.7, 9.1, 40.3, 0.7, 9.1, 40.3, 0.7], device=DEVICE)
+    m = sink * LOG2E.value
+    rounding = (m.abs() * 2**-24).clamp(min=2**-24)  # of m: what an FMA leaves of m - sink * LOG2E
+    l = 1 + rounding * torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0, 8.0, 1e3, 1e6], device=DEVICE)
+    lse = torch.empty_like(m)
+    few = plan_of(Case(Sq=1, Sk=1, D=16, sinks=True))
+    _end_of_rows[(1,)](m, l, sink, lse, 8, shapes._Call(few, "few_keys_fwd", None).features)
+    assert (lse == sink).tolist() == [True] * 5 + [False] * 3
+    assert torch.allclose(lse, (m + l.log2()) / LOG2E.value)
 
 
 def plan_of(case: Case) -> plan.Plan:

@@ -458,7 +458,9 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
         l_safe = gl.where(nothing, 1.0, l)
         lse = gl.where(nothing, float("-inf"), (m + gl.log2(l_safe)) * LN2)
         if F.HAS_SINKS:  # the sink alone: its own bits, by which the backward knows that the row saw nothing
-            lse = gl.where((l == 1.0) & (m == sink * LOG2E), sink, lse)
+            # l is 1 but for the rounding of sink * LOG2E, where m - sink * LOG2E became an FMA (portable softmax_end)
+            alone = gl.abs(l - 1.0) <= gl.maximum(gl.abs(m), 1.0) * 1.1920929e-07
+            lse = gl.where(alone & (m == sink * LOG2E), sink, lse)
         gl.store(lse_at + row, lse, mask=row < sq)
         factor = gl.convert_layout(keep_scale / l_safe, ROW_O)
         tma_store_wait(0)  # of the item before, from the same memory

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -125,12 +126,18 @@ def idle_counters(q: Tensor) -> Tensor:
         return torch.zeros(2, dtype=torch.int32, device=q.device)
     found = _counters.get(q.device)
     if found is None:
-        # 16 bytes apart, for aligned pointers
-        pool = torch.zeros(_COUNTERS, 4, dtype=torch.int32, device=q.device)
-        if q.is_cuda:
-            torch.cuda.synchronize(q.device)  # other streams may be the first to use them
+        # by a thread of its own: this one's memory may belong to a CUDA graph that is warming up, which wants it back
+        with ThreadPoolExecutor(1) as thread:
+            pool = thread.submit(_counter_pool, q.device).result()
         found = _counters[q.device] = list(pool.unbind()), itertools.cycle(range(_COUNTERS))
     return found[0][next(found[1])]
+
+
+def _counter_pool(device: torch.device) -> Tensor:
+    pool = torch.zeros(_COUNTERS, 4, dtype=torch.int32, device=device)  # 16 bytes apart, for aligned pointers
+    if pool.is_cuda:
+        torch.cuda.synchronize(device)  # other streams may be the first to use them
+    return pool
 
 
 def backward(

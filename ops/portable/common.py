@@ -469,7 +469,9 @@ def softmax_end(m, l, sink, F: tl.constexpr):
     l_safe = tl.where(nothing, 1.0, l)
     lse = tl.where(nothing, float("-inf"), (m + tl.math.log2(l_safe)) * LN2)
     if F.HAS_SINKS:  # the sink alone: its own bits, by which the backward knows that the row saw nothing
-        lse = tl.where((l == 1.0) & (m == sink * LOG2E), sink, lse)
+        # l is 1 but for the rounding of sink * LOG2E, at most 2^-24 of it, where m - sink * LOG2E became an FMA
+        alone = tl.abs(l - 1.0) <= tl.maximum(tl.abs(m), 1.0) * 1.1920929e-07
+        lse = tl.where(alone & (m == sink * LOG2E), sink, lse)
     return lse, l_safe
 
 

@@ -9,7 +9,6 @@ import triton.language as tl
 
 from .block_sparse import keys_of_block, plan_blocks, tile_at, visible_tile
 from .common import (
-    LN2,
     LOG2E,
     accumulate_parts,
     dot_parts,
@@ -23,6 +22,7 @@ from .common import (
     range_hull,
     scale_parts,
     sequence_bounds,
+    softmax_end,
     softmax_step,
     store_parts,
     tile_logits,
@@ -162,6 +162,7 @@ def attn_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_
     )  # fmt: skip
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
+    sink = 0.0
     if F.HAS_SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32)
         m = tl.zeros([BLOCK_M], tl.float32) + sink * LOG2E
@@ -175,12 +176,7 @@ def attn_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, weight_
             dropout, sq, sk, F, stage == 1,
         )  # fmt: skip
 
-    # a row that met no key: l is 0, or it holds the sink alone, and acc is 0 either way
-    nothing = l == 0.0
-    l_safe = tl.where(nothing, 1.0, l)
-    lse = tl.where(nothing, float("-inf"), (m + tl.math.log2(l_safe)) * LN2)
-    if F.HAS_SINKS:  # the sink alone: its own bits, by which the backward knows that the row saw nothing
-        lse = tl.where((l == 1.0) & (m == sink * LOG2E), sink, lse)
+    lse, l_safe = softmax_end(m, l, sink, F)
     tl.store(lse_ptr + flat + row, lse, mask=valid)
     o_base = o_ptr + q_first * o_stride + h64 * DV
     store_parts(o_base, row, valid, o_stride, scale_parts(acc, keep_scale / l_safe, DV_PARTS), DV, DV_PARTS)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from helpers import Case, make_inputs, run_case
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
+import triton
 import triton.language as tl
 from test_triton import BF16, DEVICE, FP16, ONCE_WRONG
 

@@ -104,6 +104,11 @@ def test_what_cannot_be_scored_is_named() -> None:
         scorer.losses([edits((-1, 60, 1))], targets, reread=8)
     with pytest.raises(ValueError, match="targets"):
         scorer.losses([edits((1, 4, 1))], targets[:0])
+    with pytest.raises(ValueError, match="targets: expected ids from 0 to 96"):
+        scorer.losses([edits((1, 4, 1))], targets + 97)
+    for variants, batch in (([], 16), (edits((1, 4, 1)), 16), ([edits((1, 4, 1))], 0)):
+        with pytest.raises(ValueError, match="variants, batch: expected a list of at least one Edits"):
+            scorer.losses(variants, targets, batch=batch)
     embedding = dataclasses.replace(CONFIG, backend="embedding")
     with pytest.raises(NotImplementedError, match="kv"):
         CounterfactualScorer(attached("llama", embedding).megacontext.session())

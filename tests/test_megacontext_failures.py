@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from test_megacontext_session import CONFIG, attached, edits, history, logits_of
+from transformers import BatchEncoding
 
 from hf_flash_mc import MegaContextConfig
+
+TRAINED = {"width": 32, "head_dim": 16}
+DUAL = dataclasses.replace(CONFIG, w_max=64, lens={"kind": "dual", **TRAINED})
 
 
 class Failure(Exception):
@@ -139,3 +145,101 @@ def test_a_copy_of_the_model_has_an_addon_of_its_own() -> None:
     again = model.megacontext.session()
     again.ingest(ids)
     assert torch.equal(session.next_logits(), again.next_logits())
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda s: s.ingest(history(60)),
+        lambda s: s.generate(max_new_tokens=2),
+        lambda s: s.refocus(),
+        lambda s: s.reread(2),
+        lambda s: s.apply(edits((-1, 4, 1))),
+        lambda s: s.addon.generate([s], max_new_tokens=2),
+        lambda s: s.scores(),
+    ],
+)
+def test_a_closed_session_says_so(use: Any, folder: bool, tmp_path: Path) -> None:
+    session = attached("llama", DUAL).megacontext.session(tmp_path / "tree" if folder else None)
+    session.ingest(history(100))
+    session.close()
+    session.close()
+    with pytest.raises(RuntimeError, match="the session is closed"):
+        use(session)
+
+
+def test_a_model_that_was_cast_is_not_the_sessions() -> None:
+    model = attached()
+    session = model.megacontext.session()
+    session.ingest(history(40))
+    other = model.megacontext.session()
+    other.ingest(history(40))
+    model.bfloat16()
+    with pytest.raises(RuntimeError, match=r"then torch\.float32 on cpu, now torch\.bfloat16 on cpu"):
+        session.ingest(history(3))
+    assert len(session) == 40
+    with pytest.raises(RuntimeError, match="cast or moved"):
+        model.megacontext.generate([session, other], max_new_tokens=2)
+    model.float()
+    session.ingest(history(3))
+
+
+def test_ids_of_any_whole_dtype_and_no_other() -> None:
+    ids = history(60)[0]
+    wanted = attached().megacontext.session().ingest(ids, return_logits=True)
+    for same in (ids.int(), ids.short(), ids.byte(), ids.numpy(), ids.numpy().astype(np.uint16), ids.tolist()):
+        assert torch.equal(attached().megacontext.session().ingest(same, return_logits=True), wanted)
+    session = attached().megacontext.session()
+    for wrong in ("text", None, {"input_ids": ids}, BatchEncoding({"input_ids": ids[None]})):
+        with pytest.raises(
+            TypeError, match=rf"got {type(wrong).__name__}; of what a tokenizer returns give \.input_ids"
+        ):
+            session.ingest(wrong)
+    for wrong in (ids.float(), ids > 9, 5):
+        with pytest.raises(ValueError, match="expected whole numbers"):
+            session.ingest(wrong)
+
+
+def test_vocabulary_grows_with_the_model() -> None:
+    model = attached()
+    session = model.megacontext.session()
+    with pytest.raises(ValueError, match="from 0 to 96"):
+        session.ingest([97])
+    model.resize_token_embeddings(100, mean_resizing=False)
+    session.ingest([97, 99])
+    assert session.tokens().tolist() == [97, 99]
+
+
+def test_counts_that_are_none() -> None:
+    session = attached().megacontext.session()
+    session.ingest(history(60))
+    for call in ({"reread": -1}, {"rounds": -1}, {"rounds": 1.5}):
+        with pytest.raises(ValueError, match=f"{next(iter(call))}: expected a whole number of at least 0"):
+            session.refocus(**call)
+    with pytest.raises(ValueError, match="keep: expected a whole number"):
+        session.scores(keep=-1)
+    with pytest.raises(ValueError, match=r"count: expected 1 to \d+ .*got 1.5"):
+        session.reread(1.5)
+    assert session.tokens(50, 2).tolist() == []
+
+
+@pytest.mark.parametrize("lens", ["gist_mass", "recall", "dual", "transformer"])
+@pytest.mark.parametrize("max_lod", [1, 3])
+@pytest.mark.parametrize("backend", ["kv", "embedding"])
+def test_the_smallest_window_there_may_be(lens: str, max_lod: int, backend: str) -> None:
+    if backend == "embedding" and lens == "recall":
+        pytest.skip("refused when a session begins")
+    roomy = dataclasses.replace(CONFIG, max_lod=max_lod, w_max=10**6)
+    settings: dict[str, Any] = {"kind": lens} | ({} if lens in ("gist_mass", "recall") else TRAINED)
+    gist = {} if backend == "kv" else {"layers": 1}
+    config = dataclasses.replace(
+        roomy, w_max=roomy.fixed_cost + roomy.block_size, lens=settings, backend=backend, gist=gist
+    )
+    session = attached("llama", config).megacontext.session(chunk_size=7)
+    session.ingest(history(config.max_history))
+    for _ in range(3):
+        session.refocus(reread=3)
+        session.generate(max_new_tokens=2, do_sample=False)
+        session.check_invariants()
+        assert len(session.working_context) <= config.w_max

@@ -274,7 +274,7 @@ def generate(
 def _checked(addon: MegaContext, sessions: Any) -> list[MegaContextSession]:
     from .session import MegaContextSession
 
-    found = list(sessions)
+    found = [sessions] if isinstance(sessions, MegaContextSession) else list(sessions)
     if not found or not all(isinstance(session, MegaContextSession) for session in found):
         kinds = sorted({type(session).__name__ for session in found})
         raise ValueError(f"sessions: expected a list of sessions, got {kinds or found}")
@@ -315,7 +315,8 @@ def _ingest(sessions: list[MegaContextSession], cache: BatchCache, texts: list[T
 def _forward(sessions: list[MegaContextSession], cache: BatchCache, ids: list[Tensor]) -> None:
     """Run each session's new tokens [n] (n = 0 for none) over its working context, all in one row."""
     first = sessions[0]
-    first.check_runs()
+    for session in sessions:
+        session.check_runs()
     none = np.empty(0, np.int64)
     places = [s.places_for(len(new)) if len(new) else (none, none) for s, new in zip(sessions, ids, strict=True)]
     slots = cache.open([tokens for _, tokens in places])

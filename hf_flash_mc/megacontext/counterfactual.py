@@ -78,6 +78,12 @@ class CounterfactualScorer:
         targets = torch.as_tensor(targets).to("cpu", torch.int64)
         if targets.dim() != 1 or not len(targets):
             raise ValueError(f"targets: expected token ids [H], at least one, got {list(targets.shape)}")
+        session._checked_ids(targets, "targets")
+        if isinstance(variants, Edits) or not len(variants) or batch < 1:
+            got = "Edits" if isinstance(variants, Edits) else len(variants)
+            raise ValueError(
+                f"variants, batch: expected a list of at least one Edits, and 1 or more of a forward, got {got}, {batch}"
+            )
         if not 1 <= reread <= len(session) or session.working_context.lod[-reread:].any():
             raise ValueError(f"reread: expected 1 to {len(session)} tokens that are shown as tokens, got {reread}")
         if not session.memory.numbering.fits(len(targets)):

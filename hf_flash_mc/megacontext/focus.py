@@ -21,6 +21,11 @@ from .working_context import BudgetError, Edits, WorkingContext
 STRONG = 0.9  # a gist of such a score is expanded even if only what is average can pay for it
 
 
+def _check_count(name: str, count: int) -> None:
+    if not isinstance(count, int | np.integer) or count < 0:
+        raise ValueError(f"{name}: expected a whole number of at least 0, got {count!r}")
+
+
 class Focus:
     """The part of a `MegaContextSession` that chooses; it has the session's attributes."""
 
@@ -72,6 +77,8 @@ class Focus:
             reread: tokens at the end of the history that are run again after each round, so that they (a question, say)
                 are read in the light of what was expanded.
         """
+        for name, count in (("rounds", rounds), ("reread", reread)):
+            _check_count(name, count)
         edits, answered = [], False
         for _ in range(rounds):
             edits.append(self._refocus_once(max_edits, reread, answered))
@@ -86,6 +93,7 @@ class Focus:
 
         keep: the last so many tokens ask, and stay out of the tree; 0: the last ``observe`` queries ask.
         """
+        _check_count("keep", keep)
         with self.stats.time("lens"), torch.no_grad():
             scores = self.addon.lens.score(self.lens_input(keep)).detach().cpu()
         self.last_scores = self.working_context.start, self.working_context.lod, scores.numpy().copy()

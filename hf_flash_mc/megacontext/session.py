@@ -97,6 +97,7 @@ class MegaContextSession(Focus):
         self.allocator, self.allocation = FocusAllocator(self.config), AllocatorState.initial()
         self.stats = Telemetry()
         self.generator = torch.Generator().manual_seed(seed)
+        self._closed, self._begun_on = False, self._home()
         self._logits: Tensor | None = None  # [V], what follows the history; None after it changed
         self._since_refocus = 0
         self._cache_argument = cache_argument(self.model)
@@ -125,6 +126,7 @@ class MegaContextSession(Focus):
     def tokens(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Token ids [n] of the history, int64."""
         start, stop, _ = slice(start, stop).indices(len(self))
+        stop = max(start, stop)
         split = self.memory.committed
         early = self.tree.tokens(min(start, split), min(stop, split))
         return torch.cat((early, self.memory.tail[max(start - split, 0) : max(stop - split, 0)]))
@@ -181,6 +183,7 @@ class MegaContextSession(Focus):
 
     def apply(self, edits: Edits, *, refocus: bool = False) -> None:
         """Apply edits to working context and cache; ValueError before anything changes where they are not legal."""
+        self.check_open()
         if not len(edits):
             return
         wc = self.working_context
@@ -295,7 +298,8 @@ class MegaContextSession(Focus):
         save_session(self, folder)
 
     def close(self) -> None:
-        """Close the tree's files."""
+        """Close the tree's files, or free its memory; the session cannot go on."""
+        self._closed = True
         self.memory.close()
 
     def check_invariants(self) -> None:
@@ -351,11 +355,29 @@ class MegaContextSession(Focus):
         self._logits = logits
 
     def check_runs(self) -> None:
-        """RuntimeError where the model's attention is not ours now."""
+        """RuntimeError where the session is closed, or the model is not what it began on, or its attention not ours."""
+        self.check_open()
+        if self._home() != self._begun_on:
+            then, now = (f"{dtype} on {device}" for dtype, device in (self._begun_on, self._home()))
+            raise RuntimeError(
+                f"the model was cast or moved since the session began (then {then}, now {now}): what it read does not "
+                "fit; begin another session, or cast and move the model first"
+            )
         if not self.addon.enabled or self.model.config._attn_implementation != KEY:
             raise RuntimeError(
                 "the model does not run mc_attention now (inside disable(), or unpatched): gists would be ignored"
             )
+
+    def check_open(self) -> None:
+        """RuntimeError after `close`."""
+        if self._closed:
+            raise RuntimeError(
+                "the session is closed; begin another, or model.megacontext.load_session(folder) where it was saved"
+            )
+
+    def _home(self) -> tuple[torch.dtype, torch.device]:
+        weight = self.model.get_input_embeddings().weight
+        return weight.dtype, weight.device
 
     def call_arguments(self, cache: Any, positions: np.ndarray) -> dict[str, Any]:
         """What the model's forward is given beside tokens; positions: of a row of tokens, int64 [n]."""
@@ -409,6 +431,7 @@ class MegaContextSession(Focus):
 
     def _commit(self, upto: int) -> None:
         """Put tokens before number ``upto`` into the tree."""
+        self.check_open()
         count = min(upto, len(self)) - self.memory.committed
         if count > 0:
             with self.stats.time("commit"):
@@ -416,9 +439,9 @@ class MegaContextSession(Focus):
             self.memory.tail = self.memory.tail[count:]
 
     def _check_back(self, count: int) -> None:
-        if not 1 <= count <= len(self.memory.tail):
+        if not isinstance(count, int | np.integer) or not 1 <= count <= len(self.memory.tail):
             raise ValueError(
-                f"count: expected 1 to {len(self.memory.tail)} (the last tokens, not in the tree yet), got {count}"
+                f"count: expected 1 to {len(self.memory.tail)} (the last tokens, not in the tree yet), got {count!r}"
             )
 
     def _take_back(self, count: int) -> Tensor:
@@ -433,26 +456,32 @@ class MegaContextSession(Focus):
         self.memory.tail = self.memory.tail[:-count]
         return ids
 
-    def _checked_ids(self, input_ids: Any) -> Tensor:
-        ids = torch.as_tensor(input_ids)
+    def _checked_ids(self, input_ids: Any, name: str = "input_ids") -> Tensor:
+        try:
+            ids = torch.as_tensor(input_ids)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"{name}: expected token ids [n] or [1, n], as a tensor, an array or a list, got "
+                f"{type(input_ids).__name__}; of what a tokenizer returns give .input_ids"
+            ) from error
         if not ids.numel():
             ids = ids.to(torch.int64)  # an empty list is taken for floats
         if ids.dim() == 2 and ids.shape[0] > 1:
             raise NotImplementedError(
-                f"input_ids: {ids.shape[0]} histories in one batch; a session is one history: open a session for each"
+                f"{name}: {ids.shape[0]} histories in one batch; a session is one history: open a session for each"
             )
         if ids.dim() == 2 and ids.shape[0] == 1:
             ids = ids[0]
         if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(
-                f"input_ids: expected whole numbers [n] or [1, n] (a session is one history), got {list(ids.shape)} "
+                f"{name}: expected whole numbers [n] or [1, n] (a session is one history), got {list(ids.shape)} "
                 f"{ids.dtype}"
             )
         ids = ids.to("cpu", torch.int64)
-        size = self.config.vocab_size
-        if len(ids) and size is not None and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        size = self.model.get_input_embeddings().weight.shape[0]  # it may have been resized
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < size:
             raise ValueError(
-                f"input_ids: expected ids from 0 to {size - 1} (the model's vocabulary), got {int(ids.min())} to "
+                f"{name}: expected ids from 0 to {size - 1} (the model's vocabulary), got {int(ids.min())} to "
                 f"{int(ids.max())}; use this model's tokenizer"
             )
         return ids

@@ -82,7 +82,7 @@ class CounterfactualScorer:
         if isinstance(variants, Edits) or not len(variants) or batch < 1:
             got = "Edits" if isinstance(variants, Edits) else len(variants)
             raise ValueError(
-                f"variants, batch: expected a list of at least one Edits, and 1 or more of a forward, got {got}, {batch}"
+                f"variants, batch: expected a list of at least one Edits, at least 1 of a forward, got {got}, {batch}"
             )
         if not 1 <= reread <= len(session) or session.working_context.lod[-reread:].any():
             raise ValueError(f"reread: expected 1 to {len(session)} tokens that are shown as tokens, got {reread}")

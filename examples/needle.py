@@ -18,6 +18,7 @@ import argparse
 import json
 import random
 import time
+from dataclasses import replace
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -28,7 +29,9 @@ from transformers.utils import logging as transformers_logging
 
 from hf_flash_mc import MegaContextConfig, attach_megacontext
 from hf_flash_mc.megacontext import Edits
+from hf_flash_mc.megacontext.io import load_gist
 from hf_flash_mc.megacontext.lensnet import KINDS
+from hf_flash_mc.megacontext.states import heads_config
 
 NEEDLE = "\n\nRemember this: the secret number of {name} is {code}. The secret number of {name} is {code}.\n\n"
 QUESTION = "\n\nQuestion: What is the secret number of {name}?\nAnswer: The secret number of {name} is"
@@ -43,7 +46,11 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     tokenizer, model = load(options)
     config = MegaContextConfig(w_max=options.window, lens={"kind": "recall"}, max_edits=options.edits)
+    if options.heads:
+        config = replace(config, **{name: getattr(heads_config(options.heads), name) for name in ("block_size", "gist")})
     attach_megacontext(model, config)
+    if options.heads:
+        load_gist(model.megacontext, options.heads)
     filler = tokenizer("\n\n".join(topics[n] for n in sorted(topics)), return_tensors="pt", verbose=False).input_ids[0]
     results: list[dict[str, Any]] = []
     start = time.perf_counter()
@@ -71,6 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--edits", type=int, default=4, help="expansions of one refocus (default 4)")
     parser.add_argument("--lenses", nargs="*", default=["random", "gist_mass", "recall"], choices=sorted(KINDS))
+    parser.add_argument("--heads", help="folder of trained gists, such as heads/smollm2-135m-instruct/kv-32")
     parser.add_argument("--digits", type=int, default=5)
     parser.add_argument("--out", help="JSON file for every answer")
     parser.add_argument("--plot", help="picture of the table")

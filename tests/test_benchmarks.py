@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -312,3 +313,15 @@ def test_sanitizer_driver_runs_every_call(capsys: pytest.CaptureFixture[str]) ->
     assert not torch.are_deterministic_algorithms_enabled()
     assert "hostile ranges by head, causal" in printed
     assert "calls, forward and backward, came back" in printed
+
+
+def test_parts_of_megacontext_are_timed(tmp_path: Path) -> None:
+    from benchmarks import megacontext
+
+    sizes = ["--shape", "tiny", "--entries", "64", "--size", "64", "--window", "320", "--dtype", "float32"]
+    assert megacontext.main([*sizes, "--device", "cpu", "--out", str(tmp_path / "out.json")]) == 0
+    rows = {row["part"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    assert len(rows) == 7
+    assert all(row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in rows.values())
+    assert rows["refocus, random lens"]["edits"] > 0
+    assert rows["refocus, random lens"]["slots"] <= 320

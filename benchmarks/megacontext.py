@@ -1,0 +1,159 @@
+"""Time of MegaContext's parts: lenses over 8192 entries, gists of a long text, and a refocus beside decoding.
+
+python -m benchmarks.megacontext --out megacontext-h100.json      # on a GPU
+python -m benchmarks.megacontext --shape tiny --entries 64 --size 64 --window 320 --dtype float32   # on a CPU
+
+- lens: one score of ``--entries`` entries of size ``--size``, as a session runs it on a GPU: from a CUDA graph.
+- gist: tokens per second that become gists, embeddings or keys and values of all layers of ``--shape``.
+- refocus: `MegaContextSession.refocus` of a full working context of ``--window`` slots, by the default lens and by a random
+  one, which always has edits; beside it a step of stock decoding over a static cache of as many keys, compiled. The
+  overhead is one refocus against the steps between two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import StaticCache
+
+from benchmarks.counterfactual import SHAPES, random_model
+from hf_flash_mc import MegaContextConfig, attach_megacontext, patch_model
+from hf_flash_mc.measure import record
+from hf_flash_mc.megacontext.attach import cache_argument
+from hf_flash_mc.megacontext.gistnet import EmbeddingGist, KVGist
+from hf_flash_mc.megacontext.lens_graph import GraphedLens
+from hf_flash_mc.megacontext.lensnet import KINDS, DualLens, LensInput, TransformerLens
+from hf_flash_mc.megacontext.rope import rope_of
+
+REPEATS = 15
+Row = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    device = torch.device(options.device)
+    rows: list[Row] = []
+    for part in (lenses, gists, refocuses):
+        for row in part(options, device):
+            rows.append(row)
+            print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    command = "python -m benchmarks.megacontext " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    run = record.describe_run(device, command.strip(), f"median, p20 and p80 of {REPEATS} samples")
+    if options.out:
+        Path(options.out).write_text(json.dumps({"run": asdict(run), "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="3b", help="of the model that refocuses")
+    parser.add_argument("--entries", type=int, default=8192)
+    parser.add_argument("--size", type=int, default=2048, help="of embeddings, for lenses and embedding gists")
+    parser.add_argument("--window", type=int, default=8192, help="slots of the working context that is refocused")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", help="JSON file")
+    return parser.parse_args(arguments)
+
+
+def lenses(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Milliseconds of one score."""
+    dtype, n, size = getattr(torch, options.dtype), options.entries, options.size
+    config = MegaContextConfig(hidden_size=size, lens={"kind": "dual"})
+    inputs = LensInput(
+        start=torch.arange(n, device=device), lod=torch.zeros(n, dtype=torch.int64, device=device), cursor=n,
+        entries=torch.randn(n, size, device=device, dtype=dtype), tail=torch.randn(6, size, device=device, dtype=dtype),
+        attention_mass=torch.rand(n, device=device),
+    )  # fmt: skip
+    for kind, make in {"dual": DualLens, "transformer": TransformerLens}.items():
+        lens = make(config).to(device, dtype).eval()
+        with torch.no_grad():
+            score = lens.score if device.type == "cpu" else GraphedLens(lens, n, compiled=True).score
+            yield {"part": f"lens, {kind}", "entries": n, **spread(lambda s=score: s(inputs), device)}
+
+
+def gists(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Tokens per second."""
+    dtype, block = getattr(torch, options.dtype), 32
+    config = MegaContextConfig(hidden_size=options.size)
+    net = EmbeddingGist(config).to(device, dtype).eval()
+    windows = torch.randn(max(1, options.entries // block) * 4, block, options.size, device=device, dtype=dtype)
+    times = spread(lambda: net.pool(windows, lod=1), device)
+    yield {"part": "gist, embedding", **times, "tokens_per_s": windows.shape[0] * block / times["median_ms"] * 1e3}
+    model = random_model(options.shape, 4096, dtype, device)
+    width, _, layers, heads, kv_heads, _ = SHAPES[options.shape]
+    config = MegaContextConfig(num_layers=layers, num_kv_heads=kv_heads, head_dim=width // heads,
+                               gist={"pooling": "query", "rank": 64})  # fmt: skip
+    kv = KVGist(config, rope_of(model)).to(device, dtype).eval()
+    count = max(1, options.entries // block)
+    payload = torch.randn(count, block, layers, 2, kv_heads, width // heads, device=device, dtype=dtype)
+    places = torch.arange(count * block, device=device).view(count, block)
+    times = spread(lambda: kv.pool(payload, lod=1, positions=places), device)
+    yield {"part": "gist, keys and values", **times, "tokens_per_s": count * block / times["median_ms"] * 1e3}
+
+
+def refocuses(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Milliseconds of a refocus, and its share of the decoding between two."""
+    dtype, window = getattr(torch, options.dtype), options.window
+    model = random_model(options.shape, 2 * window, dtype, device)
+    step = decode_step(model, window)
+    decoding = spread(step, device)
+    yield {"part": "decoding step, static cache, compiled", "keys": window, **decoding}
+    config = MegaContextConfig(w_max=window)
+    attach_megacontext(model, config)
+    session = model.megacontext.session()
+    session.ingest(torch.randint(3, SHAPES[options.shape][-1], (window + window // 2,)))
+    for kind in ("recall", "random"):
+        session.addon.lens = KINDS[kind](session.config)
+        edits: list[int] = []
+        times = spread(lambda: edits.append(sum(map(len, session.refocus()))), device)
+        share = times["median_ms"] / (config.refocus_interval * decoding["median_ms"])
+        row = {"part": f"refocus, {kind} lens", "slots": len(session.working_context), **times}
+        yield {**row, "edits": sum(edits) / len(edits), "interval": config.refocus_interval, "overhead": share}
+
+
+def decode_step(model: Any, keys: int) -> Callable[[], Any]:
+    """One token after ``keys`` others by the patched model, compiled where there is a GPU."""
+    patch_model(model)
+    cache = StaticCache(config=model.config, max_cache_len=keys + 64)
+    ids = torch.randint(3, model.config.vocab_size, (1, keys), device=model.device)
+    with torch.no_grad():
+        model(ids, use_cache=True, logits_to_keep=1, **{cache_argument(model): cache})
+    forward = torch.compile(model, mode="reduce-overhead", fullgraph=True) if model.device.type == "cuda" else model
+    token, place = ids[:, :1], torch.tensor([[keys]], device=model.device)
+
+    def step() -> Any:
+        with torch.no_grad():
+            return forward(token, position_ids=place, use_cache=True, **{cache_argument(model): cache}).logits
+
+    return step
+
+
+def spread(call: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """Milliseconds of calls that end when the device is done."""
+    samples = []
+    for i in range(REPEATS + 3):
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        if i >= 3:
+            samples.append((time.perf_counter() - start) * 1e3)
+    return {f"{k}_ms": record.quantile(samples, q) for k, q in (("median", 0.5), ("p20", 0.2), ("p80", 0.8))}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

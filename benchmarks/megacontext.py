@@ -5,8 +5,8 @@ python -m benchmarks.megacontext --shape tiny --entries 64 --size 64 --window 32
 
 - lens: one score of ``--entries`` entries of size ``--size``, as a session runs it on a GPU: from a CUDA graph.
 - gist: tokens per second that become gists, embeddings or keys and values of all layers of ``--shape``.
-- refocus: `MegaContextSession.refocus` of a full working context of ``--window`` slots, by the default lens and by a random
-  one, which always has edits; beside it a step of stock decoding over a static cache of as many keys, compiled. The
+- refocus: `MegaContextSession.refocus` of a full working context of ``--window`` slots, by the default lens and by a
+  random one, which always has edits; beside it a step of decoding over a static cache of as many keys, compiled. The
   overhead is one refocus against the steps between two.
 """
 
@@ -114,7 +114,7 @@ def refocuses(options: argparse.Namespace, device: torch.device) -> Iterator[Row
     for kind in ("recall", "random"):
         session.addon.lens = KINDS[kind](session.config)
         edits: list[int] = []
-        times = spread(lambda: edits.append(sum(map(len, session.refocus()))), device)
+        times = spread(lambda done=edits: done.append(sum(map(len, session.refocus()))), device)
         share = times["median_ms"] / (config.refocus_interval * decoding["median_ms"])
         row = {"part": f"refocus, {kind} lens", "slots": len(session.working_context), **times}
         yield {**row, "edits": sum(edits) / len(edits), "interval": config.refocus_interval, "overhead": share}

@@ -47,7 +47,8 @@ def main() -> None:
     tokenizer, model = load(options)
     config = MegaContextConfig(w_max=options.window, lens={"kind": "recall"}, max_edits=options.edits)
     if options.heads:
-        config = replace(config, **{name: getattr(heads_config(options.heads), name) for name in ("block_size", "gist")})
+        held = heads_config(options.heads)
+        config = replace(config, block_size=held.block_size, gist=held.gist)
     attach_megacontext(model, config)
     if options.heads:
         load_gist(model.megacontext, options.heads)

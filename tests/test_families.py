@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from families import classify
+from family_errors import errors
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from typer.testing import CliRunner
 
@@ -70,3 +71,11 @@ def test_the_command_and_the_page_show_the_table():
     shown = CliRunner().invoke(app, ["models", "deberta"])
     assert "deberta-v2: refused" in shown.stdout
     assert "types whose attention modules all go through the interface" in CliRunner().invoke(app, ["models"]).stdout
+
+
+@pytest.mark.parametrize("model_type", ["llama", "bloom"])
+def test_bfloat16_costs_no_more_accuracy_than_eager(model_type):
+    row = errors(model_type, torch.device("cpu"))
+    assert row["calls"] >= 3
+    assert row["output_ratio"] <= 1.2
+    assert row["gradient_ratio"] <= 1.2

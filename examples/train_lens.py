@@ -151,7 +151,8 @@ class Lessons:
             for ids in self.held.split(self.options.batch):
                 levels = torch.ones(len(ids), task.layout.count, dtype=torch.int64)
                 edits = task.draw_edits(levels, None)
-                self.judged.append(task.measure(ids.to(self.accelerator.device), levels, edits))
+                ids = ids.to(self.accelerator.device)
+                self.judged.append(task.measure(ids, levels, edits, soft=not self.options.true_tokens))
         for measured in self.judged:
             found.append(ranking(task, measured, lenses, EXPANSIONS))
         return {name: float(torch.cat([x[name] for x in found]).mean()) for name in found[0]}

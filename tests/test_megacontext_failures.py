@@ -217,6 +217,10 @@ def test_counts_that_are_none() -> None:
     for call in ({"reread": -1}, {"rounds": -1}, {"rounds": 1.5}):
         with pytest.raises(ValueError, match=f"{next(iter(call))}: expected a whole number of at least 0"):
             session.refocus(**call)
+    blind = session.addon.session(observe=0)
+    blind.ingest(history(60))
+    with pytest.raises(ValueError, match="observe of at least 1"):
+        blind.refocus()
     with pytest.raises(ValueError, match="keep: expected a whole number"):
         session.scores(keep=-1)
     with pytest.raises(ValueError, match=r"count: expected 1 to \d+ .*got 1.5"):

@@ -145,7 +145,7 @@ def test_windows_in_several_forwards_measure_the_same(monkeypatch: pytest.Monkey
 
 
 def test_a_lens_learns_to_rank_what_was_measured() -> None:
-    task = task_of(judged=slice(None))
+    task = task_of()
     levels = torch.ones(4, task.layout.count, dtype=torch.int64)
     measured = task.measure(windows(4), levels, task.draw_edits(levels, None), soft=True)
     optimizer = torch.optim.Adam(task.parameters(), 3e-3)

@@ -75,7 +75,7 @@ class LensTask(nn.Module):
 
     Args:
         model: with a MegaContext attached (back end "kv"), ``model.megacontext.lens`` is trained.
-        judged: targets whose losses are an edit's gain.
+        judged: targets whose losses are an edit's gain; None: all of the horizon, of which the lens sees nothing.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class LensTask(nn.Module):
             )
         self.lens, self.config, self.layout = addon.lens, addon.config, layout
         self.weights = LensWeights() if weights is None else weights
-        self.judged = slice(layout.horizon // 2, None) if judged is None else judged
+        self.judged = slice(None) if judged is None else judged
         self._hold = (model, GistTask(model, layout))  # not submodules
 
     def forward(self, measured: Measured) -> dict[str, Tensor]:

@@ -61,7 +61,8 @@ class LensInput:
         if value is None or (name != "tail" and value.shape[: len(shape)] != shape):
             got = None if value is None else list(value.shape)
             raise ValueError(
-                f"{name}: {type(lens).__name__} expects one for each of {list(shape)} entries, got {got}"
+                f"{name}: {type(lens).__name__} expects one for each of {list(shape)} entries, got {got}; a session "
+                "has it with observe of at least 1"
                 if name != "tail"
                 else f"tail: {type(lens).__name__} expects the gists of the latest history [t, d], got None"
             )

@@ -195,7 +195,7 @@ def configs(model_type: str, special: dict[str, Any]) -> Iterator[PreTrainedConf
         yield stock
 
 
-def build(cls: type, config: PreTrainedConfig) -> nn.Module:
+def build(cls: type, config: PreTrainedConfig, seed: int = 0) -> nn.Module:
     """A model on stock eager attention, in eval mode, with noise on every parameter. ValueError if it is too large."""
     config._attn_implementation = "eager"
     with torch.device("meta"), torch.no_grad():
@@ -205,7 +205,7 @@ def build(cls: type, config: PreTrainedConfig) -> nn.Module:
             size = 0
     if size > LARGEST:
         raise ValueError(f"{size / 1e6:.0f} M parameters after shrinking")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = cls(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -156,8 +156,9 @@ def test_trained_heads_stand_beside_the_baselines(tmp_path, monkeypatch) -> None
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "out.json").read_text())
-    assert {"drop", "gists", "recency", "random", "gist mass", "trained gists"} <= found["rows"][0].keys()
-    assert found["rows"][0]["trained gists"] != found["rows"][0]["gists"]
+    assert {"drop", "gists", "recency", "random", "gist mass", "trained gists"} <= found["losses"].keys()
+    assert len(found["losses"]["gists"]) == 2
+    assert found["losses"]["trained gists"] != found["losses"]["gists"]
     assert "trained gists" in found["table"]
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "out.json.part").exists()

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from . import peers
 from .attach import detach_megacontext
-from .quality import JUDGED, Row, rounded, summarise, table_of
+from .quality import JUDGED, Row, judged, rounded, summarise, table_of
 from .states import (
     LENSES,
     TARGETS,
@@ -172,7 +172,8 @@ def main(arguments: list[str] | None = None) -> None:
     if out is not None:
         whole: dict[str, Any] = {"run": describe(options, arguments, len(windows)), "table": table}
         whole["options"] = {k: _last(v) for k, v in vars(options).items()}
-        whole |= {"lines": [asdict(line) for line in lines], "slots": run.slots, "missing": missing, "rows": run.rows()}
+        whole |= {"lines": [asdict(line) for line in lines], "slots": run.slots, "missing": missing}
+        whole["losses"] = {name: [round(x, 5) for x in values.tolist()] for name, values in judged(run.rows()).items()}
         out.write_text(json.dumps(whole) + "\n")
         out.with_name(out.name + ".part").unlink(missing_ok=True)
     if options.plot:
@@ -199,7 +200,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--out", help="JSON file for losses, table, and where and how they were measured")
+    parser.add_argument("--out", help="JSON file for each window's losses, table, and where and how they were measured")
     parser.add_argument("--plot", help="PNG file of the table")
     parser.add_argument("--heads", nargs="+", default=[], help="folders of trained heads, each for further rows")
     return parser.parse_args(arguments)

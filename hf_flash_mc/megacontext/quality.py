@@ -43,10 +43,15 @@ def split_name(name: str) -> tuple[str, str, str]:
     return found[1] or "", found[2], found[3] or ""
 
 
+def judged(rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    """Of each state and window, mean nats on the targets that count: ``[n]``."""
+    return {name: np.array([np.mean(row[name][JUDGED]) for row in rows]) for name in rows[0]}
+
+
 def costs(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     """Of each state and window, mean nats above the whole window on the targets that count: ``[n]``."""
-    judged = {name: np.array([np.mean(row[name][JUDGED]) for row in rows]) for name in rows[0]}
-    return {name: values - judged["whole"] for name, values in judged.items() if name != "whole"}
+    found = judged(rows)
+    return {name: values - found["whole"] for name, values in found.items() if name != "whole"}
 
 
 def summarise(rows: Sequence[Row], seed: int = 0) -> list[Comparison]:

@@ -66,9 +66,14 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
         from smollm2 import smollm2_folder
 
         folder = str(smollm2_folder())
-    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+    dtype = getattr(torch, dtype_on(torch.device(options.device)))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(options.device).eval()
     return AutoTokenizer.from_pretrained(folder), model
+
+
+def dtype_on(device: torch.device) -> str:
+    """Of the model."""
+    return "float32" if device.type == "cpu" else "bfloat16"
 
 
 def open_session(model: Any, tokenizer: Any, options: argparse.Namespace) -> Any:

@@ -9,7 +9,8 @@ all of it was read, each number is asked for, starting from the same working con
 - exact: the blocks of the needle are expanded by hand, which is the ceiling of this model and prompt;
 - random, gist_mass, recall, ...: after ``--rounds`` refocuses by that lens, which sees only the question.
 
-A number counts as found if greedy decoding gives every digit. Prints a table and draws ``--plot``.
+A number counts as found if greedy decoding gives every digit. Prints a table, writes ``--out`` and draws ``--plot``. A
+run that was stopped goes on from OUT.part with the same command.
 """
 
 from __future__ import annotations
@@ -17,20 +18,25 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from megacontext_chat import load
+from megacontext_chat import dtype_on, load
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from hf_flash_mc import MegaContextConfig, attach_megacontext
+from hf_flash_mc.measure.record import describe_command, without_folders
 from hf_flash_mc.megacontext import Edits
 from hf_flash_mc.megacontext.io import load_gist
 from hf_flash_mc.megacontext.lensnet import KINDS
+from hf_flash_mc.megacontext.plots import plot_needles
+from hf_flash_mc.megacontext.quality import needle_shares, needle_table
 from hf_flash_mc.megacontext.states import heads_config
 
 NEEDLE = "\n\nRemember this: the secret number of {name} is {code}. The secret number of {name} is {code}.\n\n"
@@ -40,8 +46,8 @@ DEPTHS = 5
 SPACING = 1600  # tokens of filler for each needle
 
 
-def main() -> None:
-    options = parse_arguments()
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     tokenizer, model = load(options)
@@ -53,24 +59,64 @@ def main() -> None:
     if options.heads:
         load_gist(model.megacontext, options.heads)
     filler = tokenizer("\n\n".join(topics[n] for n in sorted(topics)), return_tensors="pt", verbose=False).input_ids[0]
-    results: list[dict[str, Any]] = []
+    found = Found(options, arguments)
     start = time.perf_counter()
     for length in options.lengths:
-        asked, seed = 0, 0
-        while asked < DEPTHS * options.per_cell:
-            found = one_history(model, tokenizer, filler, length, seed, options)
-            asked, seed = asked + len(found), seed + 1
-            results += found
-            if options.out:
-                with open(options.out, "w") as file:
-                    json.dump({"options": vars(options), "results": results}, file)
-            print(f"[{time.perf_counter() - start:.0f} s] {length} tokens, {asked} needles", flush=True)
-        print(table(results, options.lenses), flush=True)
+        seed = 0
+        while (asked := found.count(length)) < DEPTHS * options.per_cell:
+            if not found.has(length, seed):
+                rows = one_history(model, tokenizer, filler, length, seed, options)
+                found.add([{"length": length, "history": seed, **row} for row in rows])
+                print(f"[{time.perf_counter() - start:.0f} s] {length} tokens, {asked + len(rows)} needles", flush=True)
+            seed += 1
+        print(needle_table(found.results, found.ways), flush=True)
+    found.finish()
     if options.plot:
-        draw(results, options)
+        plot_needles(needle_shares(found.results, found.ways), options.plot)
 
 
-def parse_arguments() -> argparse.Namespace:
+class Found:
+    """The answers so far. With ``--out`` they are kept in OUT.part, from which the same command goes on."""
+
+    def __init__(self, options: argparse.Namespace, arguments: list[str] | None) -> None:
+        self.out = None if options.out is None else Path(options.out)
+        self.ways = ["exact", "no refocus", *options.lenses]
+        self.results: list[dict[str, Any]] = []
+        device = torch.device(options.device)
+        given = sys.argv[1:] if arguments is None else arguments
+        run = describe_command(device, ["python", "examples/needle.py"], given, "greedy decoding", dtype_on(device))
+        self.about = {"run": run, "options": without_folders(vars(options)), "ways": self.ways}
+        for path in (self.out, options.plot):
+            if path is not None:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if self.out is not None and self.part.exists():
+            held = json.loads(self.part.read_text())
+            if held["options"] == self.about["options"] and held["run"]["commit"] == run["commit"]:
+                self.results = held["results"]
+
+    @property
+    def part(self) -> Path:
+        return self.out.with_name(self.out.name + ".part")
+
+    def count(self, length: int) -> int:
+        return sum(row["length"] == length for row in self.results)
+
+    def has(self, length: int, history: int) -> bool:
+        return any((row["length"], row["history"]) == (length, history) for row in self.results)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        self.results += rows
+        if self.out is not None:
+            fresh = self.out.with_name(self.out.name + ".new")
+            fresh.write_text(json.dumps({**self.about, "results": self.results}) + "\n")
+            fresh.replace(self.part)
+
+    def finish(self) -> None:
+        if self.out is not None:
+            self.part.replace(self.out)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub name of a causal language model (default: SmolLM2-135M)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096], help="tokens of history")
@@ -84,7 +130,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", help="JSON file for every answer")
     parser.add_argument("--plot", help="picture of the table")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def one_history(
@@ -95,17 +141,21 @@ def one_history(
     count = max(DEPTHS, length // SPACING // DEPTHS * DEPTHS)
     names = make_names(rng, count)
     codes = ["".join(rng.choice("0123456789") for _ in range(options.digits)) for _ in names]
+    needles = [encode(tokenizer, NEEDLE.format(name=n, code=c)) for n, c in zip(names, codes, strict=True)]
+    share = (length - sum(map(len, needles))) // (count + 1)
+    if share < 1:
+        least = sum(map(len, needles)) + count + 1
+        raise SystemExit(f"--lengths: expected at least {least} tokens, which hold {count} needles, got {length}")
     parts, places = [], []
-    share = (length - count * 45) // (count + 1)  # a needle has about 45 tokens
     offset = rng.randrange(len(filler))
-    for name, code in zip(names, codes, strict=True):
+    for needle in needles:
         parts.append(filler.roll(-offset)[:share])
         offset += share
         places.append(sum(map(len, parts)))
-        parts.append(encode(tokenizer, NEEDLE.format(name=name, code=code)))
+        parts.append(needle)
     parts.append(filler.roll(-offset)[:share])
     session = model.megacontext.session(seed=seed)
-    session.ingest(torch.cat(parts))
+    session.ingest(torch.cat(parts), progress=sys.stderr.isatty())
     found = []
     for i, (name, code, place) in enumerate(zip(names, codes, places, strict=True)):
         question = encode(tokenizer, QUESTION.format(name=name))
@@ -160,33 +210,6 @@ def expand_span(session: Any, start: int, stop: int, room: int) -> None:
             around = (wc.start < stop + config.span(lod)) & (wc.start + wc.span > start - config.span(lod))
             session.make_room(config.block_size + room, torch.from_numpy(around * 2.0 - 1.0), tokens=room)
             session.apply(Edits.of([(1, first, lod)]))
-
-
-def table(results: list[dict[str, Any]], lenses: list[str]) -> str:
-    """Found needles by length, and by depth in brackets."""
-    ways = ["exact", "no refocus", *lenses]
-    lines = ["| tokens | needles | " + " | ".join(ways) + " |", "|---" * (2 + len(ways)) + "|"]
-    for length in sorted({row["length"] for row in results}):
-        rows = [row for row in results if row["length"] == length]
-        cells = []
-        for way in ways:
-            depths = [[row[way] for row in rows if row["depth"] == d] for d in range(DEPTHS)]
-            by_depth = " ".join(f"{sum(found) / max(len(found), 1):.0%}" for found in depths)
-            cells.append(f"{sum(row[way] for row in rows) / len(rows):.0%} ({by_depth})")
-        lines.append(f"| {length} | {len(rows)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def draw(results: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    from hf_flash_mc.megacontext.plots import plot_needles
-
-    lines: dict[str, list[tuple[int, float, float]]] = {}
-    for way in ("exact", "no refocus", *options.lenses):
-        for length in sorted({row["length"] for row in results}):
-            hits = [row[way] for row in results if row["length"] == length]
-            share = sum(hits) / len(hits)
-            lines.setdefault(way, []).append((length, share, (share * (1 - share) / len(hits)) ** 0.5))
-    plot_needles(lines, options.plot)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A long stream of text through a bounded window: memory stays where it was, and every rule holds to the end.
 
     python examples/soak.py                                                     # 6000 tokens, on a CPU in minutes
-    python examples/soak.py --tokens 1000000 --window 2048 --folder /tmp/history  # in full, for a GPU
+    python examples/soak.py --tokens 1000000 --window 2048 --out soak.json  # in full, for a GPU
 
 Reads ``--tokens`` tokens into one history on disk and measures, every ``--every`` tokens: device memory, the process's
 own memory on the host, speed, swap rate. Ends with exit code 1 if a rule of the working context breaks, the budget is
@@ -21,19 +21,23 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from megacontext_chat import load
+from megacontext_chat import dtype_on, load
 from transformers.utils import logging as transformers_logging
 
 from hf_flash_mc import MegaContextConfig, attach_megacontext
+from hf_flash_mc.measure.record import describe_command, without_folders
 
 SETTLED = 10_000  # tokens after which memory should not grow
 ALLOWED = 1.02
 
 
-def main() -> int:
-    options = parse_arguments()
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    for path in (options.out, options.plot):
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
     tokenizer, model = load(options)
     attach_megacontext(model, MegaContextConfig(w_max=options.window, lens={"kind": options.lens}))
     text = tokenizer("\n\n".join(topics[n] for n in sorted(topics)), return_tensors="pt", verbose=False).input_ids[0]
@@ -48,7 +52,11 @@ def main() -> int:
     report = session.telemetry()
     print(", ".join(f"{name} {value:.4g}" for name, value in report.items()))
     if options.out:
-        Path(options.out).write_text(json.dumps({"options": vars(options), "rows": rows, "telemetry": report}))
+        device = torch.device(options.device)
+        given = sys.argv[1:] if arguments is None else arguments
+        run = describe_command(device, ["python", "examples/soak.py"], given, "one stream", dtype_on(device))
+        found = {"run": run, "options": without_folders(vars(options)), "rows": rows, "telemetry": report}
+        Path(options.out).write_text(json.dumps(found | {"history_mib": size, "problems": problems}) + "\n")
     if options.plot:
         from hf_flash_mc.megacontext.plots import plot_soak
 
@@ -57,7 +65,7 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub name of a causal language model (default: SmolLM2-135M)")
     parser.add_argument("--tokens", type=int, default=6000)
@@ -70,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", help="JSON file for the measurements")
     parser.add_argument("--plot", help="picture of the measurements")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def stream(session: Any, text: torch.Tensor, options: argparse.Namespace) -> list[dict[str, float]]:

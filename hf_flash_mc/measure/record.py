@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -92,7 +94,7 @@ def quantile(samples: list[float], q: float) -> float:
 
 def describe_run(device: torch.device, command: str, method: str) -> Run:
     return Run(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         driver=_driver_version() if device.type == "cuda" else None,
         cuda=torch.version.cuda,
         python=platform.python_version(),
@@ -105,6 +107,36 @@ def describe_run(device: torch.device, command: str, method: str) -> Run:
         method=method,
         command=command,
     )
+
+
+def cpu_name() -> str:
+    """The processor by its maker's name where the system tells (Linux), else by its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"CPU ({name})"
+
+
+def describe_command(
+    device: torch.device, program: Sequence[str], arguments: Sequence[str], method: str, dtype: str
+) -> dict[str, Any]:
+    """Where and how, for a JSON file: `describe_run` of a command line, with dtype and threads."""
+    run = describe_run(device, shlex.join([*program, *without_folders(list(arguments))]), method)
+    return {**asdict(run), "dtype": dtype, "threads": torch.get_num_threads()}
+
+
+def without_folders(value: Any) -> Any:
+    """A value, or a list or dict of them, in which files have only names: where they lie here helps nobody."""
+    if isinstance(value, dict):
+        return {key: without_folders(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(x) for x in value]
+    if not isinstance(value, str | Path):
+        return value
+    option, equals, path = str(value).rpartition("=") if str(value).startswith("--") else ("", "", str(value))
+    return option + equals + (Path(path).name if Path(path).is_absolute() or ".." in Path(path).parts else path)
 
 
 def installed(name: str) -> str | None:
@@ -133,7 +165,7 @@ def commit() -> str | None:
         return None
     try:
         head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
-        measured = ["ops", "patches", "hf_flash_mc/measure", "hf_flash_mc/megacontext"]
+        measured = ["ops", "patches", "hf_flash_mc/measure", "hf_flash_mc/megacontext", "examples"]
         changed = subprocess.check_output(["git", "status", "--porcelain", *measured], cwd=ROOT, text=True)
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shlex
 import sys
 import time
 from collections.abc import Iterable
@@ -154,8 +153,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     def report(name: str, done: int) -> None:
         if done % 8 == 0 or done == len(windows):
-            table = table_of(summarise(run.rows()), run.slots) if "whole" in run.rows()[0] else ""
-            print(f"{name}: {done} windows, {time.perf_counter() - start:.0f} s\n{table}", flush=True)
+            print(f"[{time.perf_counter() - start:.0f} s] {name}: {done} of {len(windows)} windows", flush=True)
+        if done == len(windows):
+            print(table_of(summarise(run.rows()), run.slots), flush=True)
 
     missing = []
     for name, setting in plan.items():
@@ -170,8 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     lines = summarise(run.rows())
     table = table_of(lines, run.slots, missing)
     if out is not None:
-        whole: dict[str, Any] = {"run": describe(options, arguments, len(windows)), "table": table}
-        whole["options"] = {k: _last(v) for k, v in vars(options).items()}
+        whole = describe(options, arguments, len(windows)) | {"table": table}
         whole |= {"lines": [asdict(line) for line in lines], "slots": run.slots, "missing": missing}
         whole["losses"] = {name: [round(x, 5) for x in values.tolist()] for name, values in judged(run.rows()).items()}
         out.write_text(json.dumps(whole) + "\n")
@@ -236,19 +235,12 @@ def settings(options: argparse.Namespace) -> dict[str, Setting]:
 
 def describe(options: argparse.Namespace, arguments: list[str] | None, count: int) -> dict[str, Any]:
     """Where and how."""
-    from hf_flash_mc.measure.record import describe_run
+    from hf_flash_mc.measure.record import describe_command, without_folders
 
-    given = [_last(x) for x in (sys.argv[1:] if arguments is None else arguments)]
-    command = shlex.join(["hf-flash-mc", "evaluate", *given])
-    run = asdict(describe_run(torch.device(options.device), command, f"{count} windows, paired bootstrap"))
-    return {**run, "dtype": options.dtype, "threads": torch.get_num_threads()}
-
-
-def _last(argument: Any) -> Any:
-    """A path without where it lies on this machine."""
-    if isinstance(argument, list):
-        return [_last(x) for x in argument]
-    return Path(argument).name if isinstance(argument, str) and argument.startswith("/") else argument
+    given = sys.argv[1:] if arguments is None else arguments
+    method = f"{count} windows, paired bootstrap"
+    run = describe_command(torch.device(options.device), ["hf-flash-mc", "evaluate"], given, method, options.dtype)
+    return {"run": run, "options": without_folders(vars(options))}
 
 
 def _windows(options: argparse.Namespace) -> Tensor:

@@ -1,7 +1,8 @@
-"""The statistics of `evaluate`: what each state costs above the whole window, and how sure that is.
+"""The statistics of `evaluate`: what each state costs above the whole window, and how sure that is; and of needles.
 
-A row is a window: the name of a state -> losses of its targets. Names begin with "R:1 " where several ratios stand in
-one file; every state is compared with "whole" and with the "drop" of its ratio.
+A row of `evaluate` is a window: the name of a state -> losses of its targets. Names begin with "R:1 " where several
+ratios stand in one file; every state is compared with "whole" and with the "drop" of its ratio. A row of
+examples/needle.py is a needle: ``length, depth``, and for each way of asking whether it was found.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +18,7 @@ JUDGED = slice(32, 64)  # targets that count: the first ones are easy from the t
 BOOTSTRAPS = 10_000
 RIVALS = ("drop", "recency", "gist mass")  # whom the table tests against
 Row = dict[str, list[float]]
+Needle = dict[str, Any]  # a row of examples/needle.py
 
 
 @dataclass
@@ -113,3 +116,32 @@ def table_of(lines: Sequence[Comparison], slots: dict[str, int] | None = None, m
 def rounded(row: Row) -> Row:
     """Losses as they are kept in a file."""
     return {name: [round(float(x), 5) for x in values] for name, values in row.items()}
+
+
+def needle_table(results: Sequence[Needle], ways: Sequence[str]) -> str:
+    """Found needles by length as markdown, by depth in brackets. Results: ``length, depth`` and each way's success."""
+    lines = ["| tokens | needles | " + " | ".join(ways) + " |", "|---" * (2 + len(ways)) + "|"]
+    depths = sorted({row["depth"] for row in results})
+    for length in sorted({row["length"] for row in results}):
+        rows = [row for row in results if row["length"] == length]
+        cells = []
+        for way in ways:
+            by_depth = " ".join(_percent([row[way] for row in rows if row["depth"] == depth]) for depth in depths)
+            cells.append(f"{_percent([row[way] for row in rows])} ({by_depth})")
+        lines.append(f"| {length} | {len(rows)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def needle_shares(results: Sequence[Needle], ways: Sequence[str]) -> dict[str, list[tuple[int, float, float]]]:
+    """Of each way and length: the length, the share of needles found, and its standard error."""
+    shares: dict[str, list[tuple[int, float, float]]] = {way: [] for way in ways}
+    for way in ways:
+        for length in sorted({row["length"] for row in results}):
+            hits = [row[way] for row in results if row["length"] == length]
+            share = sum(hits) / len(hits)
+            shares[way].append((length, share, (share * (1 - share) / len(hits)) ** 0.5))
+    return shares
+
+
+def _percent(hits: Sequence[bool]) -> str:
+    return f"{sum(hits) / len(hits):.0%}" if hits else "-"

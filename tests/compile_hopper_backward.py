@@ -87,6 +87,7 @@ def costs(head_dim: int, feature: str) -> dict[str, Any]:
         "products": code.count("HGMMA"),
         "waits": code.count("WARPGROUP.DEPBAR"),
         "reduces": code.count("UTMAREDG"),
+        "multiplies": len(re.findall(r"IMAD\.(?:HI|WIDE)", code)),  # of two halves: the generator's
         "barriers": sorted({int(n, 16) for n in re.findall(r"BAR\.(?:SYNC|ARV)\S* (0x[0-9a-f]+)", code)}),
     }
 

@@ -90,6 +90,7 @@ def costs(head_dim: int, name: str, s: int) -> dict[str, Any]:
         "unset": unset,
         "shared": kernel.metadata.shared,
         "loops": loops(code),
+        "multiplies": len(re.findall(r"IMAD\.(?:HI|WIDE)", code)),  # of two halves: the generator's
         "barriers": sorted({int(n, 16) for n in re.findall(r"BAR\.(?:SYNC|ARV)\S* (0x[0-9a-f]+)", code)}),
     }
 

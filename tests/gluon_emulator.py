@@ -402,6 +402,10 @@ class Emulator:
             time.sleep(self.random.random() * self.longest)
 
     def assembly(self, code: str, constraints: str, args: list[Any], **_: Any) -> Array | None:
+        if "prmt.b32" in code:  # of hopper/dropout.py
+            words, select, x = np.broadcast_arrays(*args)
+            byte = (select.astype(np.int64) >> 8 * (np.arange(x.shape[-1]) % 2)) & 3  # the right one of two is higher
+            return array(np.where((words >> (8 * byte + 7).astype(np.uint32)) & 1 != 0, x, 0))
         if code.startswith("rcp.approx"):
             with np.errstate(all="ignore"):
                 return array(np.float32(1) / np.asarray(args[0], np.float32))

@@ -109,6 +109,7 @@ def language(emulator: Emulator) -> types.SimpleNamespace:
         arange=lambda a, b, layout=None: array(np.arange(a, b)),
         full=filled,
         zeros=lambda shape, dtype, layout=None: filled(shape, 0, dtype),
+        join=lambda a, b: array(np.stack([a, b], -1)),
         zeros_like=lambda x: array(np.zeros_like(np.asarray(x))),
         max=reduction(np.max),
         min=reduction(np.min),

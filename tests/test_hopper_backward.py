@@ -69,6 +69,7 @@ CASES = [
     Case(**{**BF16, "B": 2}, Sq=70, Sk=130, alibi="bh", causal=True),
     Case(**BF16, Sq=70, Sk=200, key_log_weight="b-", poison=True),
     Case(**{**BF16, "strides": "sliced"}, Sq=70, Sk=130, dropout_p=0.3, dropout_offsets=(1, 2, 3, 20)),
+    Case(**{**BF16, "strides": "sliced"}, Sq=70, Sk=130, dropout_p=0.6, dropout_offsets=(1, 2, 3, 48)),
     Case(**{**BF16, "D": 72, "Dv": 40}, Sq=70, Sk=130, causal=True),
     Case(**BF16, Sq=150, Sk=150, causal=True, key_ranges="packed", softcap=3.0, sinks=True, alibi="h",
          key_log_weight="h-", dropout_p=0.2, scale=0.3, poison=True),
@@ -162,8 +163,8 @@ def test_mistakes_are_caught(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     pytest.fail(f"not noticed: {name}")
 
 
-VARIANTS = ("64-causal", "128-causal", "128-ranges")
-SPILLS = {("64-causal", "3.9"): 10}  # elsewhere none
+VARIANTS = ("64-causal", "128-causal", "128-ranges", "128-dropout")
+SPILLS = {("64-causal", "3.9"): 10, ("128-dropout", "3.6"): 25, ("128-dropout", "3.9"): 107}  # elsewhere none
 
 
 def test_compiles_for_sm90() -> None:
@@ -180,6 +181,7 @@ def test_compiles_for_sm90() -> None:
         assert costs["registers"] <= 168, costs
         assert costs["unset"] == 0, costs
         assert costs["products"] >= 80, costs
+        assert costs["multiplies"] <= 150, costs  # a call of dropout's generator for each two elements took 682
         assert costs["waits"] < costs["products"] / 4, costs
         assert costs["reduces"] == 2, costs
         assert max(set(costs["barriers"]) - {12}) < 4, costs  # ours are 4 to 12

@@ -13,8 +13,9 @@ the next step under the writing of dQ.
 from typing import NamedTuple
 
 from ..portable.backward import _plan_queries
-from ..portable.common import backward_logits, backward_weights, key_in_use, row_ranges, sequence_bounds
+from ..portable.common import backward_weights, key_in_use, row_ranges, sequence_bounds
 from .backward_rows import first_unit
+from .dropout import bits_by_key, drop_by_key
 from .shim import (
     bar_arrive,
     bar_sync,
@@ -234,14 +235,15 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
                 mbarrier.wait(do_full.index(stage), phase)
             dp = _scores(v_op, do_j, zero_s)
             rows = rows_s.index(stage * SUBS + j)
+            bits = bits_by_key(dropout, m0 + j * SUB, n0 + CID * HALF, F)
             lse2 = rows.slice(0, SUB, 0).load(gl.SliceLayout(0, st))
             if j == 0:
                 s = s_next
             else:
                 s = warpgroup_mma_wait(2, deps=(s_next,))
-            p, cap_slope, keep = backward_weights(
+            p, cap_slope = backward_weights(
                 s, lse2[None, :], row[None, :], col[:, None], True, scale, softcap, slope, weight_ptr, 0, 0, weight_ptr,
-                dropout, sq, sk, F, False,
+                sq, sk, F, False,
             )  # fmt: skip
             if masked:
                 if F.HAS_RANGES:  # as float32, which is exact below 2^24
@@ -255,15 +257,17 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
                     p = gl.where(col[:, None] < hi[None, :], p, 0.0)
                     if F.HAS_LEFT:
                         p = gl.where(col[:, None] >= lo[None, :], p, 0.0)
-            weights = p
+            weights = p.to(dtype)
             if F.HAS_DROPOUT:
-                weights = gl.where(keep, p, 0.0)
+                weights = drop_by_key(weights, bits, dropout, m0 + j * SUB, n0 + CID * HALF, st, True, F)
             dv_t = warpgroup_mma(gl.convert_layout(weights.to(dtype), as_v), do_j, dv, is_async=True)
             if j + 1 < SUBS:
                 s_next = _scores(k_op, q_s.index(stage * SUBS + j + 1), zero_s)
             dp = warpgroup_mma_wait(2 if j + 1 < SUBS else 1, deps=(dp,))
             delta = rows.slice(SUB, SUB, 0).load(gl.SliceLayout(0, st))
-            ds = backward_logits(p, dp, delta[None, :], True, keep, keep_scale, F, False)
+            if F.HAS_DROPOUT:
+                dp = drop_by_key(dp, bits, dropout, m0 + j * SUB, n0 + CID * HALF, st, False, F) * keep_scale
+            ds = p * (dp - delta[None, :])
             if F.WEIGHT_GRAD:
                 dw += gl.sum(ds, 1)
             if F.HAS_SOFTCAP:

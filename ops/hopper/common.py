@@ -27,7 +27,6 @@ class Cut(NamedTuple):
     REGISTERS: int
     LOGITS: Features  # the features without key_log_weight, which the kernel adds itself
     SHARE: bool  # out is staged where the queries were, for want of room
-    WHOLE_GROUPS: bool = True  # dropout's column offset is a multiple of 16
     STAGED: bool = False  # the producer brings key_log_weight through shared memory, in base 2
 
 

@@ -12,8 +12,6 @@ from ..portable.common import (
     LN2,
     LOG2E,
     capped,
-    dropout_keep,
-    dropout_keep_at,
     head_terms,
     key_in_use,
     plan_tiles,
@@ -22,6 +20,7 @@ from ..portable.common import (
     tile_logits,
 )
 from .common import hide, pack_record, softmax_tile, tile_hull, tile_start, unpack_record, weigh
+from .dropout import bits_by_row, drop_by_row
 from .shim import (
     bar_arrive,
     bar_sync,
@@ -258,11 +257,11 @@ def _any_removed(weight, F: gl.constexpr):
 
 
 @gluon.jit
-def _tile_softmax(s, m, l, n0, masked, lo, hi, row, weight, removed, terms, rules, LAYOUT: gl.constexpr,
-                  F: gl.constexpr, C: gl.constexpr):  # fmt: skip
+def _tile_softmax(s, m, l, n0, masked, lo, hi, row, weight, removed, bits, terms, rules, LAYOUT: gl.constexpr,
+                  DTYPE: gl.constexpr, F: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """From a tile of q.k to weights: logits, visibility, online softmax, dropout."""
     LOGITS: gl.constexpr = C.LOGITS
-    scale, softcap, slope, dropout = terms
+    scale, softcap, slope, dropout, row0 = terms
     _, _, sq, sk, _, _ = rules
     col = n0 + gl.arange(0, F.BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
     CAPPED: gl.constexpr = F.CAP_FORM > 0 and not (F.HAS_ALIBI or F.HAS_WEIGHT)
@@ -279,14 +278,7 @@ def _tile_softmax(s, m, l, n0, masked, lo, hi, row, weight, removed, terms, rule
         s = hide(s, lo, hi, col, F)
     p, m, l, alpha = softmax_tile(s, m, l, scale_log2, FOLD)
     if F.HAS_DROPOUT:
-        seed, head, index, off_m, off_n, threshold = dropout
-        if C.WHOLE_GROUPS:  # known of n0 + off_n here, and not by the compiler: it finds a quarter of the calls
-            at = gl.arange(0, F.BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-            group = ((n0 + off_n) >> 4) + (at >> 4)
-            keep = dropout_keep_at(seed, row[:, None], group, at & 15, head, index, off_m, threshold)
-        else:
-            keep = dropout_keep(seed, row[:, None], col[None, :], head, index, off_m, off_n, threshold)
-        p = gl.where(keep, p, 0.0)
+        p = drop_by_row(p, bits, dropout, row0, n0, LAYOUT, DTYPE, F)
     return p, m, l, alpha
 
 
@@ -363,8 +355,9 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
         slope, dropout = head_terms(
             slopes_ptr, stride_ab, seed_ptr, batch, head, off_b, off_h, off_m, off_n, threshold, F
         )
-        terms = (scale, softcap, slope, dropout)
-        row = row_start + GROUP * 64 + gl.arange(0, 64, layout=ROW)
+        row0 = row_start + GROUP * 64
+        terms = (scale, softcap, slope, dropout, row0)
+        row = row0 + gl.arange(0, 64, layout=ROW)
         lo, hi = row_ranges(ranges, stride_rm, row, sq, sk, window_left, window_right, F)
         m = gl.full([64], float("-inf"), gl.float32, ROW)
         l = gl.zeros([64], gl.float32, ROW)
@@ -385,7 +378,10 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             weight = _tile_weights(weights, n0, sk, COL, F)
             removed = _any_removed(weight, F)
             coming = _tile_weights(weights, tile_start(1, plan, BLOCK_N), sk, COL, F)
-        p, m, l, alpha = _tile_softmax(s, m, l, n0, masked > 0, lo, hi, row, weight, removed, terms, rules, LS, F, C)
+        bits = bits_by_row(dropout, row0, n0, F)
+        p, m, l, alpha = _tile_softmax(
+            s, m, l, n0, masked > 0, lo, hi, row, weight, removed, bits, terms, rules, LS, dtype, F, C
+        )
         pd = gl.convert_layout(p.to(dtype), LP)
         for i in range(1, n_tiles):
             before = count % STAGES
@@ -406,6 +402,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
                 weight = coming
                 removed = _any_removed(weight, F)
                 coming = _tile_weights(weights, tile_start(i + 1, plan, BLOCK_N), sk, COL, F)  # a tile ahead
+            bits = bits_by_row(dropout, row0, n0, F)
             s = warpgroup_mma_wait(1, deps=(s,))
             if C.STAGED:
                 weight, removed = _staged_weights(weights_s, count + 1, COL, C)
@@ -414,7 +411,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
                 if i == n_tiles - 1:
                     bar_arrive(Q_FREE, GROUPS * 128 + 32)
             p, m, l, alpha = _tile_softmax(
-                s, m, l, n0, i < masked, lo, hi, row, weight, removed, terms, rules, LS, F, C
+                s, m, l, n0, i < masked, lo, hi, row, weight, removed, bits, terms, rules, LS, dtype, F, C
             )
             if C.SPLIT:  # noqa: SIM102 (a branch at run time inside one at compile time)
                 # never so; but where code branches, ptxas cannot move the wait below above the exponentials

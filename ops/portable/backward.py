@@ -21,6 +21,7 @@ from .common import (
     backward_logits,
     backward_weights,
     dot_parts,
+    drop,
     has_gaps,
     keep_rows,
     key_in_use,
@@ -284,23 +285,21 @@ def _key_tiles(dk, dv, dw, k, v, n0, pointers, q_desc, do_desc, strides, batch, 
         slope = 0.0
         if F.HAS_ALIBI:
             slope = tl.load(slopes_ptr + head).to(tl.float32)
+        p, cap_slope = backward_weights(
+            qk, lse2[None, :], row[None, :], col[:, None], ok, scale, softcap, slope, bias_ptr + h64 * stride_bh,
+            stride_bm, stride_bn, weight_ptr, sq, sk, F, CHECK,
+        )  # fmt: skip
         dropout = (0, 0, 0, 0, 0, 0)
         if F.HAS_DROPOUT:
             dropout = (tl.load(seed_ptr), head + off_h, batch + off_b, off_m, off_n, threshold)
-        p, cap_slope, keep = backward_weights(
-            qk, lse2[None, :], row[None, :], col[:, None], ok, scale, softcap, slope, bias_ptr + h64 * stride_bh,
-            stride_bm, stride_bn, weight_ptr, dropout, sq, sk, F, CHECK,
-        )  # fmt: skip
-        weights = p
-        if F.HAS_DROPOUT:
-            weights = tl.where(keep, p, 0.0)
+        weights = drop(p, dropout, row, n0, True, F)
         dout = load_tile(
             do_ptr + h64 * stride_dh, do_desc, batch, head, m0, use, stride_dm, BLOCK_M, DV, DV_PARTS, True, TMA
         )
         dv = accumulate_parts(weights, dout, dv, DV_PARTS, PRECISION)
         dp = dot_parts(v, dout, DV_PARTS, PRECISION)
         delta = tl.load(delta_ptr + h64 * stride_row + row, mask=use, other=0.0)
-        dlogits = backward_logits(p, dp, delta[None, :], ok, keep, keep_scale, F, CHECK)
+        dlogits = backward_logits(p, weights, dp, delta[None, :], ok, keep_scale, F, CHECK)
         ds = dlogits * cap_slope
         dk = accumulate_parts(ds, q, dk, D_PARTS, PRECISION)
         if F.WEIGHT_GRAD:

@@ -9,6 +9,7 @@ from .common import (
     backward_logits,
     backward_weights,
     dot_parts,
+    drop,
     head_terms,
     key_in_use,
     keys_seen,
@@ -59,12 +60,13 @@ def _query_tiles(dq, q, dout, lse2, delta, row, lo, hi, seen, k_ptr, v_ptr, k_de
         k = load_tile(k_ptr, k_desc, batch, head_k, n0, use, stride_kn, BLOCK_N, D, D_PARTS, CHECK, TMA)
         v = load_tile(v_ptr, v_desc, batch, head_k, n0, use, stride_vn, BLOCK_N, DV, DV_PARTS, CHECK, TMA)
         qk = dot_parts(q, k, D_PARTS, PRECISION)
-        p, cap_slope, keep = backward_weights(
+        p, cap_slope = backward_weights(
             qk, lse2[:, None], row[:, None], col[None, :], ok, scale, softcap, slope, bias_ptr, stride_bm, stride_bn,
-            weight_ptr, dropout, sq, sk, F, CHECK,
+            weight_ptr, sq, sk, F, CHECK,
         )  # fmt: skip
+        weights = drop(p, dropout, row, n0, False, F)
         dp = dot_parts(dout, v, DV_PARTS, PRECISION)
-        ds = backward_logits(p, dp, delta[:, None], ok, keep, keep_scale, F, CHECK) * cap_slope
+        ds = backward_logits(p, weights, dp, delta[:, None], ok, keep_scale, F, CHECK) * cap_slope
         dq = accumulate_parts(ds, k, dq, D_PARTS, PRECISION)
     return dq
 

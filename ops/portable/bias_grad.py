@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .block_sparse import seen_in_block
-from .common import backward_logits, backward_weights, dot_parts, key_in_use, load_parts, row_ranges, visible
+from .common import backward_logits, backward_weights, dot_parts, drop, key_in_use, load_parts, row_ranges, visible
 
 _RUNTIME_INTS = [
     "HQ", "GROUP", "SQ", "SK", "batches", "heads", "m_tiles", "n_tiles", "m_steps", "n_steps", "bias_h", "window_left",
@@ -88,12 +88,13 @@ def attn_bwd_dbias_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, mask_ptr, bias_ptr, w
             qk = dot_parts(q, k, D_PARTS, PRECISION)
             dout = load_parts(do_ptr + b64 * stride_db + h64 * stride_dh, row, valid, stride_dm, DV, DV_PARTS, True)
             v = load_parts(v_ptr + b64 * stride_vb + hk64 * stride_vh, col, key_ok, stride_vn, DV, DV_PARTS, True)
-            p, _, keep = backward_weights(
+            p, _ = backward_weights(
                 qk, lse2[:, None], row[:, None], col[None, :], ok, scale, softcap, slope, bias_base, stride_bm,
-                stride_bn, weight_base, dropout, SQ, SK, F, True,
+                stride_bn, weight_base, SQ, SK, F, True,
             )  # fmt: skip
             dp = dot_parts(dout, v, DV_PARTS, PRECISION)
-            grad += backward_logits(p, dp, delta[:, None], ok, keep, keep_scale, F, True)
+            weights = drop(p, dropout, row, (n_tile + n_step) * BLOCK_N, False, F)
+            grad += backward_logits(p, weights, dp, delta[:, None], ok, keep_scale, F, True)
     rows = 1 if ONE_ROW else SQ
     columns = 1 if ONE_COLUMN else SK
     base = dbias_ptr + plane.to(tl.int64) * rows * columns

@@ -46,6 +46,7 @@ class Features(NamedTuple):
     HAS_DROPOUT: bool = False
     VARLEN: bool = False
     SANITIZE: bool = False  # some key or row may take part in nothing and hold NaN
+    SPLIT_GROUPS: bool = False  # dropout's column offset is no multiple of 16
     TMA: bool = False
     ATOMIC_DQ: bool = False
     WEIGHT_GRAD: bool = False
@@ -415,28 +416,88 @@ def key_in_use(weight_ptr, col, sk, F: tl.constexpr):
 
 
 @triton.jit
-def dropout_keep(seed, row, col, head, batch, off_m, off_n, threshold):
+def dropout_keep(dropout, row, col):
     """Bool tile: Philox4x32-7 at counter (column // 16, row, head, batch), byte column % 16, kept if >= threshold.
 
-    One call of the generator serves 16 neighbouring columns: the compiler finds the common calls by itself, which
-    costs 16 instructions an element against 60 for a 32-bit number each.
+    For any rows and columns; each element has a call of the generator, but for those that the compiler finds equal.
     """
+    seed, head, batch, off_m, off_n, threshold = dropout
     column = col + off_n
-    return dropout_keep_at(seed, row, column >> 4, column & 15, head, batch, off_m, threshold)
-
-
-@triton.jit
-def dropout_keep_at(seed, row, group, byte, head, batch, off_m, threshold):
-    """``dropout_keep`` with the column as group of 16 and byte, for who knows more of them than the compiler."""
-    zero = (row + byte).to(tl.uint32) * 0
-    c0 = zero + group.to(tl.uint32)
-    c1 = zero + (row + off_m).to(tl.uint32)
-    r0, r1, r2, r3 = tl.philox(seed, c0, c1, zero + head.to(tl.uint32), zero + batch.to(tl.uint32), n_rounds=7)
-    byte = byte.to(tl.uint32) + zero
+    r0, r1, r2, r3 = _random_bytes(seed, row + off_m, column >> 4, head, batch)
+    byte = (column + row * 0).to(tl.uint32) & 15
     low = tl.where(byte < 4, r0, r1)
     high = tl.where(byte < 12, r2, r3)
     word = tl.where(byte < 8, low, high)
     return ((word >> ((byte & 3) * 8)) & 0xFF) >= threshold
+
+
+@triton.jit
+def _random_bytes(seed, row, group, head, batch):
+    """16 bytes for each pair of a row and a group of 16 columns, as four words."""
+    zero = (row + group).to(tl.uint32) * 0
+    c0 = zero + group.to(tl.uint32)
+    c1 = zero + row.to(tl.uint32)
+    return tl.philox(seed, c0, c1, zero + head.to(tl.uint32), zero + batch.to(tl.uint32), n_rounds=7)
+
+
+@triton.jit
+def dropout_bits(dropout, row, group):
+    """``dropout_keep`` of groups of 16 columns in uint32: column c is bit ``bit_of_column(c)``."""
+    seed, head, batch, off_m, off_n, threshold = dropout
+    r0, r1, r2, r3 = _random_bytes(seed, row + off_m, group + (off_n >> 4), head, batch)
+    four = threshold.to(tl.uint32) * 0x01010101
+    low = _bytes_reach(r0, four) | (_bytes_reach(r1, four) >> 1)
+    return low | (_bytes_reach(r2, four) >> 2) | (_bytes_reach(r3, four) >> 3)
+
+
+@triton.jit
+def bit_of_column(c):
+    """Where ``dropout_bits`` has column c of a group: at bit 7 - c // 4 of byte c % 4."""
+    return (((c & 3) << 3) + 7 - (c >> 2)).to(tl.uint32)
+
+
+@triton.jit
+def _bytes_reach(x, y):
+    """Of four bytes at once: the highest bit of each is set where x >= y."""
+    low_reaches = (x | 0x80808080) - (y & 0x7F7F7F7F)  # whether the lower seven bits do; no byte borrows from the next
+    return ((x & low_reaches) | ((x | low_reaches) & ~y)) & 0x80808080
+
+
+@triton.jit
+def drop(p, dropout, row, n0, TRANSPOSED: tl.constexpr, F: tl.constexpr):
+    """p of the rows [M] and BLOCK_N keys from n0 with zeros where dropout falls: [M, N], or [N, M] where TRANSPOSED.
+
+    One call of the generator serves 16 neighbouring columns; n0 is a multiple of 16.
+    """
+    if F.HAS_DROPOUT:
+        BLOCK_N: tl.constexpr = F.BLOCK_N
+        ROWS: tl.constexpr = p.shape[1] if TRANSPOSED else p.shape[0]
+        if F.SPLIT_GROUPS:
+            col = n0 + tl.arange(0, BLOCK_N)
+            if TRANSPOSED:
+                keep = dropout_keep(dropout, row[None, :], col[:, None])
+            else:
+                keep = dropout_keep(dropout, row[:, None], col[None, :])
+        else:
+            group = (n0 >> 4) + tl.arange(0, BLOCK_N // 16)
+            bit = bit_of_column(tl.arange(0, 16))
+            if TRANSPOSED:
+                bits = dropout_bits(dropout, row[None, :], group[:, None])[:, None, :] >> bit[None, :, None]
+                keep = (bits & 1).reshape([BLOCK_N, ROWS]) != 0
+            else:
+                bits = dropout_bits(dropout, row[:, None], group[None, :])[:, :, None] >> bit[None, None, :]
+                keep = (bits & 1).reshape([ROWS, BLOCK_N]) != 0
+        p = zero_dropped(p, keep, dropout)
+    return p
+
+
+@triton.jit
+def zero_dropped(p, keep, dropout):
+    """p, or a zero that the compiler does not know.
+
+    With one that it knows it selects after p is rounded to 16 bits, which takes three instructions for one.
+    """
+    return tl.where(keep, p, (dropout[5] >> 8).to(tl.float32))  # the threshold is below 256
 
 
 @triton.jit
@@ -489,9 +550,9 @@ def sees_nothing(lse, sink, out, F: tl.constexpr):
 
 
 @triton.jit
-def backward_weights(qk, lse2, row, col, ok, scale, softcap, slope, bias_ptr, stride_bm, stride_bn, weight_ptr, dropout,
-                     sq, sk, F: tl.constexpr, CHECK: tl.constexpr):  # fmt: skip
-    """Softmax weights again, from q.k and lse: (p, d logits / d (scale * q.k), kept by dropout). Both orientations."""
+def backward_weights(qk, lse2, row, col, ok, scale, softcap, slope, bias_ptr, stride_bm, stride_bn, weight_ptr, sq, sk,
+                     F: tl.constexpr, CHECK: tl.constexpr):  # fmt: skip
+    """Softmax weights again, from q.k and lse: (p, d logits / d (scale * q.k)). Both orientations."""
     cap_slope = 1.0
     if F.PLAIN:
         p = tl.math.exp2(qk * (scale * LOG2E) - lse2)
@@ -504,19 +565,16 @@ def backward_weights(qk, lse2, row, col, ok, scale, softcap, slope, bias_ptr, st
         p = tl.where(ok, p, 0.0)
         if F.HAS_SOFTCAP:
             cap_slope = tl.where(ok, cap_slope, 0.0)  # NaN where the key is NaN
-    keep = True
-    if F.HAS_DROPOUT:
-        seed, head, index, off_m, off_n, threshold = dropout
-        keep = dropout_keep(seed, row, col, head, index, off_m, off_n, threshold)
-    return p, cap_slope, keep
+    return p, cap_slope
 
 
 @triton.jit
-def backward_logits(p, dp, delta, ok, keep, keep_scale, F: tl.constexpr, CHECK: tl.constexpr):
-    """The gradient of the logits from p, dout.v and delta: p * (dp - delta)."""
+def backward_logits(p, weights, dp, delta, ok, keep_scale, F: tl.constexpr, CHECK: tl.constexpr):
+    """The gradient of the logits from dout.v and delta: p * (dp - delta), or of the ``weights`` that dropout left."""
     if F.HAS_DROPOUT:
-        dp = tl.where(keep, dp * keep_scale, 0.0)
-    ds = p * (dp - delta)
+        ds = weights * (dp * keep_scale) - p * delta
+    else:
+        ds = p * (dp - delta)
     if CHECK:
         ds = tl.where(ok, ds, 0.0)  # dp may be NaN where the value is not seen
     return ds

@@ -16,7 +16,7 @@ from .common import (
     backward_logits,
     backward_weights,
     dot_parts,
-    dropout_keep,
+    drop,
     head_terms,
     keep_rows,
     key_in_use,
@@ -91,9 +91,7 @@ def few_keys_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, weight_ptr, slopes_ptr,
         m = sink * LOG2E
         l = tl.where(m == float("-inf"), 0.0, 1.0)
     p, m, l, _ = softmax_step(s, m, l, scale * LOG2E, F, True)
-    if F.HAS_DROPOUT:
-        seed, heads, index, off_m, off_n, threshold = dropout
-        p = tl.where(dropout_keep(seed, row[:, None], col[None, :], heads, index, off_m, off_n, threshold), p, 0.0)
+    p = drop(p, dropout, row, 0, False, F)
     acc = accumulate_parts(p, v, zero_parts(BLOCK_M, DV_PARTS), DV_PARTS, PRECISION)
     lse, l_safe = softmax_end(m, l, sink, F)
     tl.store(lse_ptr + (b64 * HQ + h64) * SQ + r64, lse, mask=valid)
@@ -126,18 +124,16 @@ def _row_tile(tile, dk, dv, dw, k, v, col, key_ok, head_k, batch, row_pointers, 
     slope, dropout = head_terms(
         slopes_ptr, stride_ab, seed_ptr, batch, head[:, None], off_b, off_h, off_m, off_n, threshold, F
     )
-    p, cap_slope, keep = backward_weights(
+    p, cap_slope = backward_weights(
         dot_parts(q, k, D_PARTS, PRECISION), lse2[:, None], row[:, None], col[None, :], ok, scale, softcap, slope,
-        q[0], 0, 0, weight_ptr, dropout, SQ, SK, F, True,
+        q[0], 0, 0, weight_ptr, SQ, SK, F, True,
     )  # fmt: skip
-    weights = p
-    if F.HAS_DROPOUT:
-        weights = tl.where(keep, p, 0.0)
+    weights = drop(p, dropout, row, 0, False, F)
     dv = accumulate_parts(tl.trans(weights.to(v[0].dtype)), dout, dv, DV_PARTS, PRECISION)
     if ONE:
         _store_keys(results, 1, dv, keep_scale, col, SK, DV, DV_PARTS, BLOCK_N)
     dp = dot_parts(dout, v, DV_PARTS, PRECISION)
-    dlogits = backward_logits(p, dp, delta[:, None], ok, keep, keep_scale, F, True)
+    dlogits = backward_logits(p, weights, dp, delta[:, None], ok, keep_scale, F, True)
     if F.WEIGHT_GRAD:
         dw += tl.sum(dlogits, 0)
     ds = (dlogits * cap_slope).to(k[0].dtype)

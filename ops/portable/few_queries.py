@@ -16,7 +16,7 @@ from .common import (
     backward_logits,
     backward_weights,
     dot_parts,
-    dropout_keep,
+    drop,
     head_terms,
     key_in_use,
     load_parts,
@@ -109,9 +109,7 @@ def few_queries_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, weight_ptr, slopes_p
             )
         s = tl.where(ok, s, float("-inf"))
         p, m, l, alpha = softmax_step(s, m, l, scale * LOG2E, F, True)
-        if F.HAS_DROPOUT:
-            seed, heads, index, off_m, off_n, threshold = dropout
-            p = tl.where(dropout_keep(seed, row[:, None], col[None, :], heads, index, off_m, off_n, threshold), p, 0.0)
+        p = drop(p, dropout, row, start + tile * BLOCK_N, False, F)
         acc = scale_parts(acc, alpha, DV_PARTS)
         acc = accumulate_parts(p, v, acc, DV_PARTS, PRECISION)
     flat = (b64 * HQ + h64) * SQ + r64
@@ -187,18 +185,16 @@ def few_queries_bwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, weight_ptr, slopes_p
             use = use & (tl.max(ok.to(tl.int32), 1) != 0)
         k = load_parts(k_base, col, use, stride_kn, D, D_PARTS, True)
         v = load_parts(v_base, col, use, stride_vn, DV, DV_PARTS, True)
-        p, cap_slope, keep = backward_weights(
+        p, cap_slope = backward_weights(
             dot_parts(k, q, D_PARTS, PRECISION), lse2[None, :], row[None, :], col[:, None], ok, scale, softcap, slope,
-            q_ptr, 0, 0, weight_base, dropout, SQ, SK, F, True,
+            q_ptr, 0, 0, weight_base, SQ, SK, F, True,
         )  # fmt: skip
-        weights = p
-        if F.HAS_DROPOUT:
-            weights = tl.where(keep, p, 0.0)
+        weights = drop(p, dropout, row, tile * BLOCK_N, True, F)
         at = (b64 * SK + col) * HK + head_k
         dv = accumulate_parts(weights, dout, zero_parts(BLOCK_N, DV_PARTS), DV_PARTS, PRECISION)
         store_parts(dv_ptr, at, col < SK, DV, scale_parts(dv, factor + keep_scale, DV_PARTS), DV, DV_PARTS)
         dp = dot_parts(v, dout, DV_PARTS, PRECISION)
-        dlogits = backward_logits(p, dp, delta[None, :], ok, keep, keep_scale, F, True)
+        dlogits = backward_logits(p, weights, dp, delta[None, :], ok, keep_scale, F, True)
         if F.WEIGHT_GRAD:
             tl.store(dw_ptr + (b64 * HK + head_k) * SK + col, tl.sum(dlogits, 1), mask=col < SK)
         ds = (dlogits * cap_slope).to(k[0].dtype)

@@ -12,7 +12,7 @@ from .common import (
     LOG2E,
     accumulate_parts,
     dot_parts,
-    dropout_keep,
+    drop,
     head_terms,
     key_in_use,
     keys_seen,
@@ -86,9 +86,7 @@ def _forward_tiles(acc, m, l, q, row, lo, hi, seen, k_ptr, v_ptr, k_desc, v_desc
         if MASKED:
             s = tl.where(ok, s, float("-inf"))
         p, m, l, alpha = softmax_step(s, m, l, scale * LOG2E, F, CAREFUL)
-        if F.HAS_DROPOUT:
-            seed, head, index, off_m, off_n, threshold = dropout
-            p = tl.where(dropout_keep(seed, row[:, None], col[None, :], head, index, off_m, off_n, threshold), p, 0.0)
+        p = drop(p, dropout, row, n0, False, F)
         acc = scale_parts(acc, alpha, DV_PARTS)
         acc = accumulate_parts(p, v, acc, DV_PARTS, PRECISION)
     return acc, m, l

@@ -276,6 +276,7 @@ def _flags(spec: Spec, plan: Plan) -> tuple[bool, ...]:
     return (
         spec.causal, left, right, ranges, mask, spec.bias is not None, weight, spec.alibi_slopes is not None,
         spec.softcap > 0, spec.sinks is not None, spec.dropout_p > 0, plan.packed, sanitize,
+        spec.dropout_p > 0 and spec.dropout_offsets[3] % 16 != 0,
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def test_causal_families_equal_eager(family, kind):
     compare(causal_model(family), logits, mask, input_ids=tokens(), attention_mask=mask)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "bloom", "falcon_alibi"])
 def test_packed_documents_stay_apart(family):
     positions = torch.cat([torch.arange(n) for n in (5, 1, 9, 6)])[None]
     compare(causal_model(family), logits, input_ids=tokens(1), position_ids=positions, use_cache=False)

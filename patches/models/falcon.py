@@ -69,7 +69,7 @@ class McFalconAttention(FalconAttention):
         valid = torch.ones(1, keys, dtype=torch.long, device=query.device)
         if mask is not None and mask.dtype == torch.int32:
             ranges, weight = split_mask(mask, query.shape[2], keys)  # weight: [B, 1, K] or None
-            first = ranges[:, 0, -1:, 0]  # [B, 1]: where the padding on the left ends
+            first = ranges[:, 0, :, 0].amin(1, keepdim=True)  # [B, 1]: where the padding on the left ends
             valid = (torch.arange(keys, device=query.device) >= first).long()
             valid = valid if weight is None else (weight[:, 0] == 0).long()
         elif mask is not None:

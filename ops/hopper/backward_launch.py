@@ -102,8 +102,9 @@ def _parts(programs: int, walk: int, multiprocessors: int) -> int:
     return max(1, min(multiprocessors // programs, walk // MIN_STEPS))
 
 
-def _rounding(count: int, scale: float) -> PortableLaunch:
-    return PortableLaunch(attn_bwd_hopper_round, -(-count // ROUND_BLOCK), (count // 8, scale), (ROUND_BLOCK,))
+def _rounding(count: int, scale: float, last_first: bool) -> PortableLaunch:
+    constants = (ROUND_BLOCK, last_first)
+    return PortableLaunch(attn_bwd_hopper_round, -(-count // ROUND_BLOCK), (count // 8, scale), constants)
 
 
 class _Steps:
@@ -145,7 +146,8 @@ class _Steps:
         numbers = (*strides(out), *strides(dout), *plan.qs, *s, *plan.ranges_strides, plan.hq, plan.sq, plan.sk, units,
                    *plan.tail[:2], plan.max_q, all_units)  # fmt: skip
         grid = units * plan.hq * plan.batch
-        self.rows = PortableLaunch(attn_bwd_hopper_rows, grid, numbers, (width, dlse is not None, f))
+        last_first = taken("last rows first", named)
+        self.rows = PortableLaunch(attn_bwd_hopper_rows, grid, numbers, (width, dlse is not None, last_first, f))
 
         seen_strides: tuple[int, ...] = (0, 0)
         self.key_plans, self.keys_seen = _KeyPlans(plan, f), None
@@ -183,12 +185,13 @@ class _Steps:
 
         keys = (1 if plan.packed else plan.batch) * plan.hkv * plan.sk
         self.sizes = keys * plan.d, keys * plan.dv
-        self.round = _rounding(plan.batch * plan.hq * plan.sq * plan.d, plan.scale)
+        self.round = _rounding(plan.batch * plan.hq * plan.sq * plan.d, plan.scale, last_first)
         if plan.packed:
             counts = (plan.hq, plan.sq, units, plan.max_q)
             grid = units * plan.hq * plan.batch
             self.round = PortableLaunch(attn_bwd_hopper_round_packed, grid, (*counts, plan.scale), (plan.d, width))
-        self.round_k, self.round_v = _rounding(self.sizes[0], plan.scale), _rounding(self.sizes[1], plan.keep_scale)
+        self.round_k = _rounding(self.sizes[0], plan.scale, last_first)
+        self.round_v = _rounding(self.sizes[1], plan.keep_scale, last_first)
 
     def clean(self, x: Tensor, which: int) -> Tensor:
         """Memory for the units of q (0) or dout (1) that hold rows of no use, cleaned."""

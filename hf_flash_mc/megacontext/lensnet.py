@@ -145,10 +145,15 @@ class GistMassLens(Lens):
         if (real := context.real) is not None:
             fixed = fixed | ~real
         counted, out = torch.where(fixed, torch.nan, mass), torch.full_like(mass, torch.nan)
-        for lod in range(self.max_lod + 1 if mass.shape[-1] else 0):  # nothing has no median
+        for lod in range(self.max_lod + 1):
             here = context.lod == lod
-            out = torch.where(here, torch.where(here, counted, torch.nan).nanmedian(-1, keepdim=True).values, out)
+            out = torch.where(here, _median(torch.where(here, counted, torch.nan)), out)
         return out
+
+
+def _median(x: Tensor) -> Tensor:
+    """Over the last dimension, NaN left out; of one row (a session's) in a way that is deterministic on a GPU."""
+    return x.nanmedian() if x.dim() == 1 else x.nanmedian(-1, keepdim=True).values
 
 
 def _compared(mass: Tensor, usual: Tensor) -> Tensor:

@@ -53,6 +53,15 @@ def test_greedy_of_more_families(family):
     compare(family, *left_padded())
 
 
+def test_gpt_neo_over_a_static_cache():
+    """Stock takes the windows of other rows there, counted from the cache's end; ours are those of a dynamic cache."""
+    ids, mask = left_padded()
+    ours = patch_model(causal_model("gpt_neo"))
+    expected, got = generate(ours, ids, mask), generate(ours, ids, mask, cache_implementation="static")
+    assert torch.equal(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1], rtol=0, atol=3e-5)
+
+
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_greedy_without_padding(cache):
     compare(
@@ -63,10 +72,11 @@ def test_greedy_without_padding(cache):
     )
 
 
-def test_right_padded_prompt():
-    """The padding becomes a hole as soon as a token is generated behind it."""
+@pytest.mark.parametrize("family", ["llama", "gpt_neo"])
+def test_right_padded_prompt(family):
+    """The padding becomes a hole as soon as a token is generated behind it; the first comes from a row of padding."""
     ids, mask = left_padded()
-    compare("llama", ids.flip(1), mask.flip(1))
+    compare(family, ids.flip(1), mask.flip(1))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

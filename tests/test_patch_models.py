@@ -51,7 +51,7 @@ def test_packed_documents_stay_apart(family):
     compare(causal_model(family), logits, input_ids=tokens(1), position_ids=positions, use_cache=False)
 
 
-@pytest.mark.parametrize("family", ["llama", "mpt"])  # MPT turns masks into bool itself
+@pytest.mark.parametrize("family", ["llama", "mpt", "gpt_neo"])  # MPT turns masks into bool itself
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_user_4d_masks_of_any_pattern(dtype, family):
     seen = torch.rand(BATCH, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(3)) < 0.5

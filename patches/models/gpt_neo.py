@@ -27,10 +27,12 @@ class McGPTNeoSelfAttention(GPTNeoSelfAttention):
         query, key, value = (
             f(hidden_states).view(shape).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)
         )
+        past = 0 if layer_past is None else layer_past.get_seq_length(self.layer_id)
+        row = torch.arange(query.shape[2], device=query.device) + past  # before the update, which changes past in place
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_id)
-        if self.attention_type == "local":
-            attention_mask = self._local(attention_mask, query.shape[2])
+        if attention_mask is not None:
+            attention_mask = self._cut(attention_mask, row, key.shape[2])
         out, _ = mc_attention(
             self,
             query,
@@ -43,10 +45,13 @@ class McGPTNeoSelfAttention(GPTNeoSelfAttention):
         )
         return self.resid_dropout(self.out_proj(out.reshape(*hidden_states.shape[:2], -1))), None
 
-    def _local(self, mask: Tensor | None, queries: int) -> Tensor:
-        """The causal mask cut to the window: a row that counts ends at its own key, so its first key follows."""
-        if mask is None or mask.dtype != torch.int32:
-            raise NotImplementedError("GPT-Neo's local layers: expected a 2-D padding mask or none, got a 4-D mask")
-        weights, ranges = mask[:, :, : mask.shape[2] - queries], mask[:, :, -queries:]
-        lo = torch.maximum(ranges[..., 0], ranges[..., 1] - self.config.window_size)
-        return torch.cat((weights, torch.cat((lo[..., None], ranges[..., 1:]), -1)), 2)
+    def _cut(self, mask: Tensor, row: Tensor, keys: int) -> Tensor:
+        """The mask that GPTNeoModel makes, or a user's 4-D one, cut to what stock's buffer lets rows ``[Q]`` see."""
+        first = row - self.config.window_size + 1 if self.attention_type == "local" else torch.zeros_like(row)
+        if mask.dtype == torch.int32:
+            weights, ranges = mask[:, :, : -row.shape[0]], mask[:, :, -row.shape[0] :]
+            lo = torch.maximum(ranges[..., 0], first.to(torch.int32))
+            return torch.cat((weights, torch.cat((lo[..., None], ranges[..., 1:]), -1)), 2)
+        key = torch.arange(keys, device=mask.device)
+        seen = (key >= first[:, None]) & (key <= row[:, None])
+        return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)

@@ -35,6 +35,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from hf_flash_mc import patch_model
+from hf_flash_mc.megacontext.training import keep_lines
 
 FREE = {"out", "resume", "save_every", "eval_every", "log_every", "tracker"}  # options that a resumed run may change
 FREE |= {"attention", "no_compile", "checkpointing", "batch", "accumulate"}  # the rows of a step must remain
@@ -272,12 +273,8 @@ class Run:
         if self.options.resume:
             step = load_checkpoint(self.accelerator, self.options.out, self.settings, **how)
         if self.accelerator.is_main_process:
-            self.options.out.mkdir(parents=True, exist_ok=True)
-            lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
-            lines = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
-            self.metrics.write_text("".join(lines))
-            for line in lines:
-                self.result |= json.loads(line)
+            for line in keep_lines(self.metrics, step):
+                self.result |= line
         return step
 
 

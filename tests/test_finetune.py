@@ -10,9 +10,6 @@ import json
 import math
 import multiprocessing
 import os
-import random
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,7 +18,9 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from benchmarks import kills
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "examples" / "configs"
@@ -121,33 +120,41 @@ def test_compiled_checkpointed_and_accumulated_steps_are_the_same(tiny_model, te
         assert history(tmp_path / "b", name) == pytest.approx(history(tmp_path / "a", name), rel=1e-5)
 
 
-def test_kills_change_nothing(tiny_model, texts, tmp_path):
-    """kill -9 at random moments, also within checkpoints: every loss of the resumed run is the unbroken one's.
+@pytest.mark.parametrize("name", ["finetune", "train_gist", "train_lens"])
+def test_kills_change_nothing(name, tmp_path):
+    """kill -9 at random moments, also within checkpoints: losses and weights of the resumed run are the unbroken one's.
 
-    With dropout in the adapters, whose random numbers must go on where they were.
+    finetune.py with dropout in the adapters, whose random numbers must go on where they were.
     """
-    more = ("--lora", "4", "--lora-dropout", "0.3", "--save-every", "1")
-    whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(0)
-    begun = time.monotonic()
-    finish(start(tiny_model, texts, whole, *more))
-    seconds = time.monotonic() - begun
-    cut, kills = 0, 0
-    while kills < KILLS:
-        process = start(tiny_model, texts, killed, *more, "--resume")
-        process.join(rng.uniform(0.1, 0.9) * seconds)
-        if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        process.join()
-        cut += (killed / "checkpoint.part").exists()
-        if process.exitcode == 0:  # nothing left to kill: from the start once more
-            assert history(killed) == history(whole)
-            shutil.rmtree(killed)
-    finish(start(tiny_model, texts, killed, *more, "--resume"))
-    assert history(killed) == history(whole)
-    assert history(killed, "eval_loss") == history(whole, "eval_loss")
-    assert [path.name for path in killed.glob("checkpoint*")] == ["checkpoint-00000016"]
-    print(f"{kills} kills, {cut} within a checkpoint")
+    kills.prepare(tmp_path)
+    row = kills.measure(kills.SCRIPTS[name], tmp_path, KILLS)
+    assert row["kills"] == KILLS
+    assert row["same losses"], row
+    assert row["same weights"], row
+    (last,) = (tmp_path / f"{name}-killed").glob("checkpoint*")
+    assert int(last.name.removeprefix("checkpoint-")) == 16
+
+
+def test_a_difference_after_a_kill_is_seen(tmp_path):
+    """A comparison that cannot fail protects nothing."""
+    script = kills.SCRIPTS["train_gist"]
+    for name, loss, weight in (("whole", 1.0, 2.0), ("loss", 1.5, 2.0), ("weight", 1.0, 2.5)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / script.log).write_text(json.dumps({"step": 1, "loss": loss}) + "\n")
+        save_file({"x": torch.tensor([weight])}, tmp_path / name / script.weights)
+    rows = [kills.compared(script, tmp_path / "whole", tmp_path / name) for name in ("whole", "loss", "weight")]
+    assert [row["same losses"] for row in rows] == [True, False, True]
+    assert [row["same weights"] for row in rows] == [True, True, False]
+
+
+def test_lines_from_after_a_checkpoint_come_again(tmp_path):
+    from hf_flash_mc.megacontext.training import keep_lines
+
+    log = tmp_path / "new" / "log.jsonl"
+    assert keep_lines(log, 0) == []
+    log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    assert keep_lines(log, 2) == [{"step": 1}, {"step": 2}]
+    assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_lora_trains_adapters_alone(tiny_model, texts, tmp_path):

@@ -175,6 +175,17 @@ def load_checkpoint(folder: Path, addon: Any, optimizer: Any, about: dict[str, A
     return int(progress["step"])
 
 
+def keep_lines(log: Path, step: int) -> list[dict[str, Any]]:
+    """Drop a log's lines from after a step, and a half one, of a run that was killed: they come again. Those kept."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    text = log.read_text() if log.exists() else ""
+    kept = [x for x in text.splitlines(keepends=True) if x.endswith("\n") and json.loads(x)["step"] <= step]
+    fresh = log.with_name(log.name + ".new")
+    fresh.write_text("".join(kept))
+    fresh.replace(log)
+    return [json.loads(x) for x in kept]
+
+
 # ---- the scripts' own parts ------------------------------------------------------------------------------------------
 
 
@@ -234,6 +245,9 @@ class Trainer:
         if found := checkpoints(options.out):
             self.first = load_checkpoint(found[-1], self.addon, self.optimizer, self.about)
             accelerator.print(f"going on from {found[-1]}")
+        self.log = Path(options.out) / "log.jsonl"
+        if accelerator.is_main_process:
+            keep_lines(self.log, self.first)
 
     def run(
         self, inputs: Callable[[int], Iterable[tuple[Any, ...]]], count: int, evaluate: Callable[[], dict[str, float]]
@@ -287,9 +301,7 @@ class Trainer:
     def _note(self, line: dict[str, Any], bar: Any) -> None:
         """To the bar, the log and the tracker."""
         bar.set_postfix({k: f"{v:.3g}" for k, v in line.items() if k in self.shown})
-        out = Path(self.options.out)
-        out.mkdir(parents=True, exist_ok=True)
-        with (out / "log.jsonl").open("a") as file:
+        with self.log.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self.options.tracker:
             self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])

@@ -1,7 +1,7 @@
-"""Turn a result file into the README's tables, docs/performance.md and plots: no figure is typed by hand.
+"""Turn result files into the README's tables, docs and plots: no figure is typed by hand.
 
-python -m benchmarks.report                    # results/attention-h100.csv -> README.md, docs, results/*.png and *.svg
-python -m benchmarks.report --check            # exit code 1 if README.md or the page is not what the result file says
+python -m benchmarks.report                    # results/ -> README.md, docs, results/attention-*.png and *.svg
+python -m benchmarks.report --check            # exit code 1 if README.md or a page is not what the result files say
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 from benchmarks import goals
 from benchmarks.figures import ANCHORS_SOURCE, HERE, PEERS, Figure, Figures, Row
 from benchmarks.plots import plot
+from benchmarks.sections import PAGES, filled
+from benchmarks.sections import markdown_table as table
 from hf_flash_mc.measure.peers import LABELS
 
 ROOT = HERE.parent
@@ -22,11 +24,6 @@ NOTHING = "No result file yet: `python -m benchmarks.run` on a GPU, then `python
 LONG = ("long", "gqa", "context")
 BOTH = ("forward", "backward")
 STAR = f"\\* not in this run: {ANCHORS_SOURCE}. Absolute figures move by up to 10 % between cards and days."
-
-
-def table(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def origin(figures: Figures, path: Path, folder: str) -> str:
@@ -214,12 +211,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("file", nargs="?", type=Path, default=HERE / "results" / "attention-h100.csv")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help=f"folder of {' and '.join(PAGES)}")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of their JSON files")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a text is out of date")
     options = parser.parse_args(arguments)
     texts = {
         options.readme: replaced(options.readme.read_text(), summary(options.file)),
         options.page: performance(options.file),
     }
+    texts |= {options.docs / name: filled((options.docs / name).read_text(), options.results) for name in PAGES}
     if options.check:
         old = [p.name for p, text in texts.items() if not p.exists() or p.read_text() != text]
         print(f"out of date: {', '.join(old)}; run python -m benchmarks.report" if old else "all up to date")

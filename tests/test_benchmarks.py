@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("matplotlib")
 
 from benchmarks import figures as figures_
-from benchmarks import goals, report, sanitize
+from benchmarks import goals, report, sanitize, sections
 from benchmarks import run as command
 from benchmarks.figures import Figures, cell_of
 from hf_flash_mc.measure import cells, peers, problem, record, run, timing, training, warm
@@ -218,7 +218,9 @@ def test_parallel_jobs_return_results_and_errors(capsys: pytest.CaptureFixture[s
 def test_report_replaces_what_stands_between_the_markers(result: Path, tmp_path: Path) -> None:
     readme, page = tmp_path / "README.md", tmp_path / "performance.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    arguments = [str(result), "--readme", str(readme), "--page", str(page)]
+    for name in sections.PAGES:
+        (tmp_path / name).write_text("a page without markers\n")
+    arguments = [str(result), "--readme", str(readme), "--page", str(page), "--docs", str(tmp_path)]
     assert report.main([*arguments, "--check"]) == 1
     assert report.main(arguments) == 0
     assert report.main([*arguments, "--check"]) == 0

@@ -10,6 +10,7 @@ import pytest
 import torch
 from patch_models import VOCAB, causal_model
 
+from benchmarks import sections
 from hf_flash_mc.megacontext import evaluate as evaluation
 from hf_flash_mc.megacontext import peers
 from hf_flash_mc.megacontext.attach import attach_megacontext, cache_argument
@@ -163,6 +164,7 @@ def test_trained_heads_stand_beside_the_baselines(tmp_path, monkeypatch) -> None
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "out.json.part").exists()
     assert found["run"]["dtype"] == "float32"
+    assert found["table"] in sections.quality(found), "docs show it"
     assert str(tmp_path) not in json.dumps(found), "where files lie on this machine is nobody's business"
     assert found["run"]["command"].startswith("hf-flash-mc evaluate --model")
     assert "| SnapKV (kvpress) | | not run: kvpress is not installed |" in found["table"]

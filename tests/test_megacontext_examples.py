@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import sections
 from hf_flash_mc.megacontext.quality import needle_shares, needle_table
 
 EXAMPLES = str(Path(__file__).resolve().parent.parent / "examples")
@@ -59,7 +60,9 @@ def test_needles_are_written_with_where_and_how_and_a_stopped_run_goes_on(
     assert found["ways"] == ["exact", "no refocus", "random"]
     cells = [(row["length"], row["depth"]) for row in found["results"]]
     assert cells == [(length, depth) for length in (1000, 1100) for depth in range(5)]
-    assert needle_table(found["results"], found["ways"]) in capsys.readouterr().out
+    table = needle_table(found["results"], found["ways"])
+    assert table in capsys.readouterr().out
+    assert table in sections.needles(found), "docs show it"
 
 
 def test_a_history_too_short_for_its_needles_is_refused(tiny_model: Path, tmp_path: Path) -> None:
@@ -84,5 +87,5 @@ def test_soak_is_written_with_where_and_how(tiny_model: Path, tmp_path: Path) ->
     assert [row["tokens"] for row in found["rows"]] == [400, 800, 1200]
     assert all(row["slots"] <= 448 for row in found["rows"])
     assert found["problems"] == []
-    assert found["history_mib"] > 0
+    assert "| 1,200 |" in sections.soak(found), "docs show it"
     assert out.with_suffix(".png").exists()

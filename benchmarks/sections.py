@@ -1,0 +1,111 @@
+"""Sections of docs/ made from JSON result files: what stands between <!-- NAME:begin --> and <!-- NAME:end -->.
+
+Quality from results/quality-*.json (`hf-flash-mc evaluate --out`), needles and soak from needles-*.json and soak-*.json
+(examples/needle.py and soak.py), kills from training-kills-*.json (`benchmarks.kills`). A picture of the same name,
+quality-X.png, is shown beneath its table.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hf_flash_mc.megacontext.quality import Comparison, needle_table, table_of
+
+PAGES = ("megacontext.md", "benchmarks.md")  # of docs/
+SETTLED = 10_000  # tokens of a soak after which memory should not grow
+Found = dict[str, Any]
+
+
+def markdown_table(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def quality(found: Found) -> str:
+    options, losses = found["options"], found["losses"]
+    text = Path(options["tokens"] or options["text"]).stem
+    whole = losses["whole"]
+    head = (
+        f"Model {options['model']}, text {text}, {len(whole)} windows of {options['context']} tokens. The whole window "
+        f"leaves {sum(whole) / len(whole):.3f} nats a token."
+    )
+    lines = [Comparison(**line) for line in found["lines"]]
+    return f"{head}\n\n{table_of(lines, found['slots'], found['missing'])}"
+
+
+def needles(found: Found) -> str:
+    options = found["options"]
+    head = f"Window of {options['window']} slots, {options['rounds']} refocuses of up to {options['edits']} expansions"
+    if options["heads"]:
+        head += f", gists of {Path(options['heads']).name}"
+    return f"{head}.\n\n{needle_table(found['results'], found['ways'])}"
+
+
+def soak(found: Found) -> str:
+    rows, options = found["rows"], found["options"]
+    settled = next((row for row in rows if row["tokens"] >= SETTLED), rows[0])
+    body = [
+        [
+            f"{row['tokens']:,}",
+            f"{row['slots']} of {options['window']}",
+            f"{row['device_mib']:.0f}" if row["device_mib"] else "-",
+            f"{row['host_mib']:.0f}",
+            f"{row['tokens_per_second']:.0f}",
+        ]
+        for row in (settled, rows[-1])
+    ]
+    head = ["tokens", "slots", "GPU memory (peak), MiB", "host memory, MiB", "tokens/s"]
+    result = "; ".join(found["problems"]) or "every check passed"
+    return f"{markdown_table(head, body)}\n\nHistory on disk: {found['history_mib']:.0f} MiB; {result}."
+
+
+def kills(found: Found) -> str:
+    head = ["script", "kills", "while a checkpoint was written", "runs", "losses and weights at the end"]
+    body = []
+    for row in found["rows"]:
+        same = "the unbroken run's, bit for bit" if row["same losses"] and row["same weights"] else "**differ**"
+        body.append([row["script"], str(row["kills"]), str(row["kills within a checkpoint"]), str(row["runs"]), same])
+    return markdown_table(head, body)
+
+
+KINDS: dict[str, tuple[str, Callable[[Found], str]]] = {
+    "quality": ("quality-*.json", quality),
+    "needles": ("needles-*.json", needles),
+    "soak": ("soak-*.json", soak),
+    "kills": ("training-kills-*.json", kills),
+}
+
+
+def origin(run: Found, path: Path) -> str:
+    """Where and how a file was measured."""
+    return (
+        f"{run['device']}, {run['dtype']}, torch {run['torch']}, transformers {run['transformers']}, commit "
+        f"{(run['commit'] or 'unknown')[:12]}, {run['date']}; `{run['command']}`. "
+        f"[{path.name}](../benchmarks/results/{path.name})"
+    )
+
+
+def section(name: str, results: Path) -> str:
+    """All files of a kind, one after the other."""
+    pattern, show = KINDS[name]
+    parts = []
+    for path in sorted(results.glob(pattern)):
+        found = json.loads(path.read_text())
+        parts += [show(found), origin(found["run"], path)]
+        if path.with_suffix(".png").exists():
+            parts.append(f"![{path.stem}](../benchmarks/results/{path.stem}.png)")
+    return "\n\n".join(parts) or f"Not measured yet: no `benchmarks/results/{pattern}`."
+
+
+def filled(page: str, results: Path) -> str:
+    """A page with what stands between its markers replaced."""
+
+    def replaced(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{section(match[2], results)}\n{match[3]}"
+
+    names = "|".join(KINDS)
+    return re.sub(rf"(<!-- ({names}):begin -->)\n.*?(<!-- \2:end -->)", replaced, page, flags=re.DOTALL)

@@ -1,0 +1,105 @@
+"""docs/ is filled from the JSON files that the commands write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from benchmarks import report, sections
+
+RUN = {"device": "a GPU", "dtype": "float32", "torch": "2", "transformers": "5", "commit": "abcdef0123456789"}
+RUN |= {"date": "2026-01-01", "command": "hf-flash-mc evaluate --windows 2"}
+LINE = {"name": "gists", "cost": 0.5, "error": 0.1, "median": 0.4, "median_low": 0.3, "median_high": 0.6}
+LINE |= {"recovered": 0.25, "low": 0.2, "high": 0.3, "p": {"drop": 0.001}}
+QUALITY = {
+    "options": {"model": "small", "tokens": "docs-held-out.npy", "text": None, "context": 2048},
+    "lines": [LINE],
+    "slots": {"gists": 96},
+    "missing": ["SnapKV (kvpress): kvpress is not installed"],
+    "losses": {"whole": [2.0, 3.0]},
+}
+NEEDLES = {
+    "options": {"window": 2048, "rounds": 3, "edits": 4, "heads": None},
+    "ways": ["exact", "recall"],
+    "results": [{"length": 8192, "depth": depth, "exact": True, "recall": depth > 0} for depth in range(2)],
+}
+ROW = {"device_mib": 100.4, "host_mib": 50.0, "tokens_per_second": 1234.5, "slots": 512, "swap_rate": 0.1}
+SOAK = {
+    "options": {"window": 512},
+    "rows": [{**ROW, "tokens": 5000}, {**ROW, "tokens": 10000}, {**ROW, "tokens": 20000, "device_mib": 101.0}],
+    "history_mib": 234.5,
+    "problems": [],
+}
+KILL = {"script": "finetune.py", "kills": 20, "kills within a checkpoint": 3, "runs": 9}
+KILLS = {"rows": [KILL | {"same losses": True, "same weights": same} for same in (True, False)]}
+
+
+def write(folder: Path, name: str, found: dict[str, Any]) -> None:
+    (folder / name).write_text(json.dumps({"run": RUN, **found}))
+
+
+def page(*names: str) -> str:
+    return "before\n" + "".join(f"<!-- {n}:begin -->\nold\n<!-- {n}:end -->\nbetween\n" for n in names) + "after\n"
+
+
+def test_pages_hold_what_the_files_say_and_only_between_markers(tmp_path: Path) -> None:
+    write(tmp_path, "quality-docs.json", QUALITY)
+    write(tmp_path, "quality-other.json", QUALITY)
+    write(tmp_path, "needles-a.json", NEEDLES)
+    write(tmp_path, "soak-a.json", SOAK)
+    write(tmp_path, "training-kills-cpu.json", KILLS)
+    (tmp_path / "needles-a.png").touch()
+    text = sections.filled(page("quality", "needles", "soak", "kills"), tmp_path)
+    assert sections.filled(text, tmp_path) == text, "filled twice is filled once"
+    assert text.startswith("before\n<!-- quality:begin -->\nModel small, text docs-held-out, 2 windows of 2048 tokens.")
+    assert text.endswith("<!-- kills:end -->\nbetween\nafter\n")
+    assert "old" not in text
+    assert text.count("leaves 2.500 nats a token") == 2
+    assert "| gists | 96 | 0.500 ± 0.100 | 0.400 (0.300 to 0.600) | 25% (20% to 30%) | 0.0010 |  |  |" in text
+    assert "| SnapKV (kvpress) | | not run: kvpress is not installed |" in text
+    assert "a GPU, float32, torch 2, transformers 5, commit abcdef012345, 2026-01-01; `hf-flash-mc evaluate" in text
+    assert "[quality-other.json](../benchmarks/results/quality-other.json)" in text
+    assert "| 8192 | 2 | 100% (100% 100%) | 50% (0% 100%) |" in text
+    assert text.count("![") == 1
+    assert "![needles-a](../benchmarks/results/needles-a.png)" in text
+    assert "| 10,000 | 512 of 512 | 100 | 50 | 1234 |" in text
+    assert "| 20,000 | 512 of 512 | 101 | 50 | 1234 |" in text
+    assert "5,000" not in text
+    assert "every check passed" in text
+    assert "| finetune.py | 20 | 3 | 9 | the unbroken run's, bit for bit |" in text
+    assert "| finetune.py | 20 | 3 | 9 | **differ** |" in text
+
+
+def test_what_is_not_measured_is_said(tmp_path: Path) -> None:
+    write(tmp_path, "soak-a.json", {**SOAK, "problems": ["the budget was exceeded"]})
+    text = sections.filled(page("quality", "soak"), tmp_path)
+    assert "Not measured yet: no `benchmarks/results/quality-*.json`." in text
+    assert "every check passed" not in text
+    assert "MiB; the budget was exceeded." in text
+
+
+def test_the_command_fills_and_checks_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in sections.PAGES:
+        (tmp_path / name).write_text(page("needles"))
+    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    write(tmp_path, "needles-a.json", NEEDLES)
+    files = [str(tmp_path / "none.csv"), "--readme", str(tmp_path / "README.md"), "--page", str(tmp_path / "p.md")]
+    files += ["--docs", str(tmp_path), "--results", str(tmp_path)]
+    assert report.main([*files, "--check"]) == 1
+    assert report.main(files) == 0
+    assert report.main([*files, "--check"]) == 0
+    write(tmp_path, "needles-b.json", NEEDLES)
+    capsys.readouterr()
+    assert report.main([*files, "--check"]) == 1
+    assert "out of date: megacontext.md, benchmarks.md" in capsys.readouterr().out
+
+
+def test_every_kind_has_its_place_in_docs() -> None:
+    pages = "".join((report.ROOT / "docs" / name).read_text() for name in sections.PAGES)
+    for name in sections.KINDS:
+        assert pages.count(f"<!-- {name}:begin -->") == pages.count(f"<!-- {name}:end -->") == 1

@@ -260,4 +260,8 @@ def test_auto_leaves_what_no_gpu_has_timed() -> None:
         with mock.patch.dict(untimed.AUTO_TAKES, {"packed backward": True}):
             plan.forget()
             assert launch.notes(*call, False) == []
+        wide = make_inputs(Case(**{**BF16, "D": 256}, Sq=70, Sk=70))
+        call = (wide.q, wide.k, wide.v, wide.spec, None)
+        assert "backward of wide heads" in "".join(launch.notes(*call, False))
+        assert launch.notes(*call, True) == []
     plan.forget()

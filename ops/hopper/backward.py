@@ -10,11 +10,23 @@ The order of one step keeps the matrix unit busy: dP runs under exp2, dV under t
 the next step under the writing of dQ.
 """
 
-from typing import NamedTuple
-
 from ..portable.backward import _plan_queries
 from ..portable.common import backward_weights, key_in_use, row_ranges, sequence_bounds
 from .backward_rows import first_unit
+from .backward_tiles import (
+    ALL,
+    DO_FREE,
+    FREE,
+    GIVEN,
+    HALF,
+    SUB,
+    add_rows,
+    scores,
+    store_rows,
+    tile_memory,
+    zero_rows,
+)
+from .backward_wide import consume_wide
 from .dropout import bits_by_key, drop_by_key
 from .shim import (
     bar_arrive,
@@ -31,26 +43,21 @@ from .shim import (
     warpgroup_mma_wait,
 )
 
-SUB = gl.constexpr(64)  # query rows of one matrix product
-HALF = gl.constexpr(64)  # keys of one warpgroup
-# named barriers: stage s of q and dout is free; warpgroup c's half of slot s is written; all meet
-FREE, GIVEN, ALL = gl.constexpr(4), gl.constexpr(8), gl.constexpr(12)
 
-
-class Schedule(NamedTuple):
-    """How a kernel variant is laid out in time and memory; a constexpr like ``Features``."""
-
-    SUBS: int = 1  # sub-tiles of 64 query rows in one step
-    STAGES: int = 2  # of q and dout
-    AHEAD: bool = False  # the next step's scores go to the matrix unit before this step's dQ, not behind it
-    K_REGS: bool = False  # keys as a register operand: less traffic in shared memory
-    SPLIT: bool | None = None  # programs share a key tile and add dK, dV into float32; None: as the grid asks
-    REGS: int = 240
-    CAP_FORM: int = 0  # of softcap: see capped, in portable/common.py
+@gluon.jit
+def _load_rows(desc, clean_desc, at, clean_at, dirty_ptr, barrier, to, F: gl.constexpr):
+    """One unit's rows of q or dout, the clean copy where some of them are of no use."""
+    if F.SANITIZE:
+        if gl.load(dirty_ptr) != 0:
+            tma_load(clean_desc, clean_at, barrier, to)
+        else:
+            tma_load(desc, at, barrier, to)
+    else:
+        tma_load(desc, at, barrier, to)
 
 
 @gluon.jit
-def _producer(descs, rows_ptr, dirty_ptr, smem, bars, where, F: gl.constexpr, T: gl.constexpr):
+def _producer(F: gl.constexpr, T: gl.constexpr, descs, rows_ptr, dirty_ptr, smem, bars, where):
     q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc = descs
     q_s, k_s, v_s, do_s, rows_s = smem
     kv_full, q_full, do_full = bars
@@ -79,8 +86,10 @@ def _producer(descs, rows_ptr, dirty_ptr, smem, bars, where, F: gl.constexpr, T:
             more_rows = gl.load(rows_ptr + (unit + 1) * WIDTH + lane)
         if t >= STAGES:
             bar_sync(FREE + stage, 288)
+        do_stage = stage
+        if T.WIDE:
+            do_stage = 0
         mbarrier.expect(q_full.index(stage), SUBS * q_desc.block_type.nbytes)
-        mbarrier.expect(do_full.index(stage), SUBS * do_desc.block_type.nbytes)
         for j in gl.static_range(SUBS):
             at = [batch, head, m0 + j * SUB, 0]
             clean_at = at
@@ -88,36 +97,28 @@ def _producer(descs, rows_ptr, dirty_ptr, smem, bars, where, F: gl.constexpr, T:
                 at = [batch, head, q_start + m0 + j * SUB, 0]
                 clean_at = [batch, head, unit0 * SUB + m0 + j * SUB, 0]
             q_j = q_s.index(stage * SUBS + j).reshape((1, 1, SUB, D))
-            do_j = do_s.index(stage * SUBS + j).reshape((1, 1, SUB, DV))
-            if F.SANITIZE:
-                if gl.load(dirty_ptr + unit + j) != 0:
-                    tma_load(clean_q_desc, clean_at, q_full.index(stage), q_j)
-                    tma_load(clean_do_desc, clean_at, do_full.index(stage), do_j)
-                else:
-                    tma_load(q_desc, at, q_full.index(stage), q_j)
-                    tma_load(do_desc, at, do_full.index(stage), do_j)
-            else:
-                tma_load(q_desc, at, q_full.index(stage), q_j)
-                tma_load(do_desc, at, do_full.index(stage), do_j)
+            _load_rows(q_desc, clean_q_desc, at, clean_at, dirty_ptr + unit + j, q_full.index(stage), q_j, F)
         rows_s.index(stage * SUBS).store(rows)
         if SUBS == 2:
             rows_s.index(stage * SUBS + 1).store(more_rows)
         mbarrier.arrive(q_full.index(stage), count=1)
+        if T.WIDE:  # noqa: SIM102 (a branch at run time inside one at compile time)
+            if t > 0:
+                bar_sync(DO_FREE, 288)
+        mbarrier.expect(do_full.index(do_stage), SUBS * do_desc.block_type.nbytes)
+        for j in gl.static_range(SUBS):
+            at = [batch, head, m0 + j * SUB, 0]
+            clean_at = at
+            if F.VARLEN:
+                at = [batch, head, q_start + m0 + j * SUB, 0]
+                clean_at = [batch, head, unit0 * SUB + m0 + j * SUB, 0]
+            do_j = do_s.index(do_stage * SUBS + j).reshape((1, 1, SUB, DV))
+            _load_rows(do_desc, clean_do_desc, at, clean_at, dirty_ptr + unit + j, do_full.index(do_stage), do_j, F)
     for stage in range(gl.minimum(count, STAGES)):  # leave no barrier half full
         bar_sync(FREE + stage, 288)
-
-
-@gluon.jit
-def _zero_rows(tile, keep, LAYOUT: gl.constexpr):
-    """Zeros in the rows of a shared-memory tile that are not kept."""
-    x = tile.load(LAYOUT)
-    tile.store(gl.where(keep[:, None], x, gl.zeros_like(x)))
-
-
-@gluon.jit
-def _scores(keys, queries, zero):
-    """Keys times queries^T (or values times dout^T), as a product in flight."""
-    return warpgroup_mma(keys, queries.permute((1, 0)), zero, use_acc=False, is_async=True)
+    if T.WIDE:  # noqa: SIM102
+        if count > 0:
+            bar_sync(DO_FREE, 288)
 
 
 @gluon.jit
@@ -189,8 +190,8 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
             use = use & (gl.load(seen_ptr + own) != 0)
         elif F.HAS_LEFT:
             use = use & (own >= sk - sq - window_left)
-        _zero_rows(k_own, use, CLEAN)
-        _zero_rows(v_own, use, CLEAN)
+        zero_rows(k_own, use, CLEAN)
+        zero_rows(v_own, use, CLEAN)
         fence_async_shared()
     seed = 0
     if F.HAS_DROPOUT:
@@ -200,9 +201,9 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
         mbarrier.wait(q_full.index(0), 0)
     if T.K_REGS:
         k_regs = k_own.load(as_s)
-        s_next = _scores(k_regs, q_s.index(0), zero_s)
+        s_next = scores(k_regs, q_s.index(0), zero_s)
     else:
-        s_next = _scores(k_own, q_s.index(0), zero_s)
+        s_next = scores(k_own, q_s.index(0), zero_s)
     s_next = warpgroup_mma_wait(0, deps=(s_next,))
     for t in range(count):
         stage = t % STAGES
@@ -233,9 +234,9 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
             row = m0 + j * SUB + gl.arange(0, SUB, layout=gl.SliceLayout(0, st))
             if j == 0:
                 mbarrier.wait(do_full.index(stage), phase)
-            dp = _scores(v_op, do_j, zero_s)
+            dp = scores(v_op, do_j, zero_s)
             rows = rows_s.index(stage * SUBS + j)
-            bits = bits_by_key(dropout, m0 + j * SUB, n0 + CID * HALF, F)
+            bits = bits_by_key(dropout, m0 + j * SUB, n0 + CID * HALF, SUB, F)
             lse2 = rows.slice(0, SUB, 0).load(gl.SliceLayout(0, st))
             if j == 0:
                 s = s_next
@@ -259,14 +260,14 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
                         p = gl.where(col[:, None] >= lo[None, :], p, 0.0)
             weights = p.to(dtype)
             if F.HAS_DROPOUT:
-                weights = drop_by_key(weights, bits, dropout, m0 + j * SUB, n0 + CID * HALF, st, True, F)
+                weights = drop_by_key(weights, bits, dropout, m0 + j * SUB, n0 + CID * HALF, SUB, st, True, F)
             dv_t = warpgroup_mma(gl.convert_layout(weights.to(dtype), as_v), do_j, dv, is_async=True)
             if j + 1 < SUBS:
-                s_next = _scores(k_op, q_s.index(stage * SUBS + j + 1), zero_s)
+                s_next = scores(k_op, q_s.index(stage * SUBS + j + 1), zero_s)
             dp = warpgroup_mma_wait(2 if j + 1 < SUBS else 1, deps=(dp,))
             delta = rows.slice(SUB, SUB, 0).load(gl.SliceLayout(0, st))
             if F.HAS_DROPOUT:
-                dp = drop_by_key(dp, bits, dropout, m0 + j * SUB, n0 + CID * HALF, st, False, F) * keep_scale
+                dp = drop_by_key(dp, bits, dropout, m0 + j * SUB, n0 + CID * HALF, SUB, st, False, F) * keep_scale
             ds = p * (dp - delta[None, :])
             if F.WEIGHT_GRAD:
                 dw += gl.sum(ds, 1)
@@ -285,7 +286,7 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
             dv = warpgroup_mma_wait(1, deps=(dv_t,))  # frees its operand's registers
             if after < count:
                 mbarrier.wait(q_full.index(after % STAGES), (after // STAGES) & 1)
-            s_next = _scores(k_op, q_s.index(after % STAGES * SUBS), zero_s)
+            s_next = scores(k_op, q_s.index(after % STAGES * SUBS), zero_s)
             bar_sync(GIVEN + t % 2 * 2 + 1 - CID, 256)
             dq_t = _dq_product(ds_s, k_s, t % 2, z, zero_q, CID, T)
             dk, s_next, dq = warpgroup_mma_wait(0, deps=(dk_t, s_next, dq_t))
@@ -297,7 +298,7 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
             dk, dv = warpgroup_mma_wait(1, deps=(dk_t, dv_t))  # frees their operands' registers
             if after < count:
                 mbarrier.wait(q_full.index(after % STAGES), (after // STAGES) & 1)
-            s_next = _scores(k_op, q_s.index(after % STAGES * SUBS), zero_s)
+            s_next = scores(k_op, q_s.index(after % STAGES * SUBS), zero_s)
             dq = warpgroup_mma_wait(1, deps=(dq_t,))
             bar_arrive(FREE + stage, 288)
             _add_dq(dq_desc, dq_out, dq, batch, head, dq_row, CID, T)
@@ -309,15 +310,15 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
         else:
             gl.store(dw_ptr + col, dw, mask=col < sk)
     if T.SPLIT:
-        _add_rows(dk_ptr, dk_stride, dk, n0 + CID * HALF, sk, d, dk_l)
-        _add_rows(dv_ptr, dv_stride, dv, n0 + CID * HALF, sk, d_v, dv_l)
+        add_rows(dk_ptr, dk_stride, dk, n0 + CID * HALF, sk, d, dk_l)
+        add_rows(dv_ptr, dv_stride, dv, n0 + CID * HALF, sk, d_v, dv_l)
     else:
         bar_sync(ALL, 256)  # nobody reads the keys any more: their memory takes dK and dV
         k_own.store((dk * scale).to(dtype))
         v_own.store((dv * keep_scale).to(dtype))
         if F.VARLEN:  # a bulk store would not stop at the sequence's end
-            _store_rows(dk_ptr, dk_stride, k_own, n0 + CID * HALF, sk, d)
-            _store_rows(dv_ptr, dv_stride, v_own, n0 + CID * HALF, sk, d_v)
+            store_rows(dk_ptr, dk_stride, k_own, n0 + CID * HALF, sk, d)
+            store_rows(dv_ptr, dv_stride, v_own, n0 + CID * HALF, sk, d_v)
         else:
             fence_async_shared()
             bar_sync(ALL, 256)
@@ -326,33 +327,6 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
             else:
                 tma_store(dv_desc, [batch, head_k, n0, 0], v_s.index(0).reshape((1, 1, ROWS, DV)))
             tma_store_wait(0)
-
-
-@gluon.jit
-def _add_rows(ptr, stride, tile, row0, rows, columns, LAYOUT: gl.constexpr):
-    """Add a tile to the rows from row0 of a float32 [rows, columns] matrix; the order of additions is not fixed."""
-    row = row0 + gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, LAYOUT))
-    column = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    at = ptr + row.to(gl.int64)[:, None] * stride + column[None, :]
-    gl.atomic_add(at, tile, mask=(row < rows)[:, None] & (column < columns)[None, :], sem="relaxed")
-
-
-@gluon.jit
-def _store_rows(ptr, stride, staged, row0, rows, columns):
-    """The rows from row0 of a [rows, columns] matrix, from the shared memory [64, width] where they are staged."""
-    WIDTH: gl.constexpr = staged.shape[1]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    row = row0 + gl.arange(0, HALF, layout=gl.SliceLayout(1, LAYOUT))
-    column = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
-    at = ptr + row.to(gl.int64)[:, None] * stride + column[None, :]
-    gl.store(at, staged.load(LAYOUT), mask=(row < rows)[:, None] & (column < columns)[None, :])
-
-
-@gluon.jit
-def _tiles(COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, DTYPE: gl.constexpr):
-    """Shared memory for COUNT tiles, as bulk copies and matrix products want it."""
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], DTYPE)
-    return gl.allocate_shared_memory(DTYPE, [COUNT, ROWS, COLUMNS], layout)
 
 
 _RUNTIME_INTS = [
@@ -383,7 +357,8 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
     STAGES: gl.constexpr = T.STAGES
     REGS: gl.constexpr = T.REGS
     dtype: gl.constexpr = q_desc.dtype
-    DQ_COLS: gl.constexpr = D if SUBS == 2 else D // 2
+    DO_STAGES: gl.constexpr = 1 if T.WIDE else STAGES
+    DQ_COLS: gl.constexpr = 64 if T.WIDE else (D if SUBS == 2 else D // 2)
     pid = gl.program_id(0)
     tile = pid % tiles
     HK = HQ // GROUP
@@ -408,12 +383,17 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
     count = met * GROUP * (part + 1) // parts - begin
     full_hi = full_start + full_tiles * BLOCK_M
 
-    q_s = _tiles(STAGES * SUBS, SUB, D, dtype)
-    k_s = _tiles(1, BLOCK_N, D, dtype)
-    v_s = _tiles(1, BLOCK_N, DV, dtype)
-    do_s = _tiles(STAGES * SUBS, SUB, DV, dtype)
-    ds_s = _tiles(2 * SUBS, BLOCK_N, SUB, dtype)
-    dq_s = _tiles(2, SUB, DQ_COLS, gl.float32)
+    q_s = tile_memory(STAGES * SUBS, SUB, D, dtype)
+    k_s = tile_memory(1, BLOCK_N, D, dtype)
+    v_s = tile_memory(1, BLOCK_N, DV, dtype)
+    do_s = tile_memory(DO_STAGES * SUBS, SUB, DV, dtype)
+    if T.WIDE:  # written in parts of 32 columns
+        PARTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, 32], dtype)
+        ds_s = gl.allocate_shared_memory(dtype, [2, BLOCK_N, SUB], PARTS)
+        p_s = gl.allocate_shared_memory(dtype, [2, BLOCK_N, SUB], PARTS)
+    else:
+        ds_s = tile_memory(2 * SUBS, BLOCK_N, SUB, dtype)
+    dq_s = tile_memory(2, SUB, DQ_COLS, gl.float32)
     WIDTH: gl.constexpr = SUB * (4 if F.HAS_RANGES else 2)
     rows_s = gl.allocate_shared_memory(gl.float32, [STAGES * SUBS, WIDTH], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -452,14 +432,23 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
     loads = (q_desc, k_desc, v_desc, do_desc, q_desc, do_desc)
     if F.SANITIZE:
         loads = (q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc)
-    smem = (q_s, k_s, v_s, do_s, ds_s, dq_s, rows_s)
     bars = (kv_full, q_full, do_full)
     where = (batch, head_k, n0, GROUP, first, met, begin, count, full_start, full_hi, sequence, unit0 * SUB)
+    loaded = (loads, rows_ptr, dirty_ptr, (q_s, k_s, v_s, do_s, rows_s), bars,
+              (batch, head_k, n0, GROUP, first, met, begin, count, units, unit0) + starts)  # fmt: skip
     numbers = (scale, softcap, keep_scale, sq, sk, window_left, window_right, threshold, off_b, off_h, off_m, off_n,
                HK * D_K, HK * D_V, D_K, D_V)  # fmt: skip
-    gl.warp_specialize([
-        (_consumer, (descs, pointers, smem, bars, where, numbers, 0, F, T)),
-        (_consumer, (descs, pointers, smem, bars, where, numbers, 1, F, T)),
-        (_producer, (loads, rows_ptr, dirty_ptr, (q_s, k_s, v_s, do_s, rows_s), bars,
-                     (batch, head_k, n0, GROUP, first, met, begin, count, units, unit0) + starts, F, T)),
-    ], [4, 1], [REGS, 24])  # fmt: skip
+    if T.WIDE:
+        wide = (q_s, k_s, v_s, do_s, ds_s, p_s, dq_s, rows_s)
+        gl.warp_specialize([
+            (consume_wide, (descs, pointers, wide, bars, where, numbers, 0, F, T)),
+            (consume_wide, (descs, pointers, wide, bars, where, numbers, 1, F, T)),
+            (_producer, (F, T) + loaded),
+        ], [4, 1], [REGS, 24])  # fmt: skip
+    else:
+        smem = (q_s, k_s, v_s, do_s, ds_s, dq_s, rows_s)
+        gl.warp_specialize([
+            (_consumer, (descs, pointers, smem, bars, where, numbers, 0, F, T)),
+            (_consumer, (descs, pointers, smem, bars, where, numbers, 1, F, T)),
+            (_producer, (F, T) + loaded),
+        ], [4, 1], [REGS, 24])  # fmt: skip

@@ -12,23 +12,24 @@ from ..portable.plan import Launch as PortableLaunch
 from ..portable.plan import Plan, features, plan_of, strides
 from ..spec import Gradients, Needs, Spec, Varlen, bshd_layout, new_bshd, new_strided
 from ..tuning import Config, tuned
-from .backward import Schedule, attn_bwd_hopper_kernel
+from .backward import attn_bwd_hopper_kernel
 from .backward_rows import (
     attn_bwd_hopper_keys_seen,
     attn_bwd_hopper_round,
     attn_bwd_hopper_round_packed,
     attn_bwd_hopper_rows,
 )
+from .backward_tiles import Schedule
 from .plan import Launch, cap_form, padded, strided, tiles, tma_problem
 from .untimed import taken
 
-HEAD_DIMS = (40, 128)  # below, padding to 64 wastes more than the fused form saves
-KEYS = 128  # of one program
+HEAD_DIMS = (40, 256)  # below, padding to 64 wastes more than the fused form saves
+NARROW = 64  # no form has a head dim up to this beside one above 128
 ROUND_BLOCK = 2048
 MIN_STEPS = 4  # of a program that shares a key tile
 MAX_KEYS_IN_RANGES = 1 << 24  # the kernel compares them as float32
 # by padded head dim; AHEAD was 2 to 5 % faster at 128 on an H100, in a run that did not look at its values
-SCHEDULES = {64: Schedule(SUBS=2, K_REGS=True), 128: Schedule()}
+SCHEDULES = {64: Schedule(SUBS=2, K_REGS=True), 128: Schedule(), 256: Schedule(WIDE=True)}
 DROPOUT_64 = Schedule()  # two sub-tiles spill 140 registers
 Configs = dict[str, Schedule]
 
@@ -43,6 +44,9 @@ def unsupported_backward(
     low, high = HEAD_DIMS
     if not (low <= min(q.shape[-1], v.shape[-1]) and max(q.shape[-1], v.shape[-1]) <= high):
         reasons.append(f"head dims {q.shape[-1]} and {v.shape[-1]}: the fused backward takes {low} to {high}")
+    elif max(q.shape[-1], v.shape[-1]) > 128 and min(q.shape[-1], v.shape[-1]) <= NARROW:
+        found = f"head dims {q.shape[-1]} and {v.shape[-1]}"
+        reasons.append(f"{found}: the fused backward takes more than {NARROW} beside one above 128")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if (problem := tma_problem(x)) is not None:
             reasons.append(f"{name}: {problem}, which the tensor memory accelerator needs")
@@ -129,8 +133,8 @@ class _Steps:
         if plan.softcap > 0 and taken("softcap", named):
             shipped = shipped._replace(CAP_FORM=cap_form(plan.dtype))
         schedule = schedule or tuned("hopper_bwd", plan, Schedule) or shipped
-        block = 64 * schedule.SUBS
-        f = features(Config(block, KEYS, 4, 1), plan.d, plan.dv, plan.flags, weight_grad=weighed)
+        block, keys = 64 * schedule.SUBS, 64 if schedule.WIDE else 128
+        f = features(Config(block, keys, 4, 1), plan.d, plan.dv, plan.flags, weight_grad=weighed)
         # a packed sequence's last tile reads its neighbour's rows, which may be NaN
         f = f._replace(SANITIZE=f.SANITIZE or plan.packed, CAP_FORM=schedule.CAP_FORM)
         self.plan, self.weighed, self.sanitize = plan, weighed, f.SANITIZE
@@ -151,27 +155,27 @@ class _Steps:
 
         seen_strides: tuple[int, ...] = (0, 0)
         self.key_plans, self.keys_seen = _KeyPlans(plan, f), None
-        count, grid = plan.grid(KEYS, plan.max_k, plan.hkv)
+        count, grid = plan.grid(f.BLOCK_N, plan.max_k, plan.hkv)
         if plan.ranges_shape is not None:
             planes = plan.ranges_shape[0] * plan.ranges_shape[1]
-            self.seen_shape = (planes, count * KEYS)
-            seen_strides = tuple(n * KEYS for n in self.key_plans.strides)
+            self.seen_shape = (planes, count * f.BLOCK_N)
+            seen_strides = tuple(n * f.BLOCK_N for n in self.key_plans.strides)
             numbers = (plan.sq * 2, 2, plan.sq, plan.sk, *plan.tail[:2])
             self.keys_seen = PortableLaunch(attn_bwd_hopper_keys_seen, (count, planes, 1), numbers, (f,))
 
         self.total_layout = self.own_rows[0] if plan.packed else bshd_layout(q.shape, plan.d)
         total = torch.empty_strided(*self.total_layout, dtype=torch.float32, device="meta")
-        columns = width if schedule.SUBS == 2 else width // 2
+        columns = 64 if schedule.WIDE else width if schedule.SUBS == 2 else width // 2
         described = [
             tiles(q, 64, width),
-            tiles(k, KEYS, width),
-            tiles(v, KEYS, width_v),
+            tiles(k, f.BLOCK_N, width),
+            tiles(v, f.BLOCK_N, width_v),
             tiles(dout, 64, width_v),
             tiles(self.clean(q, 0), 64, width),
             tiles(self.clean(dout, 1), 64, width_v),
             tiles(total, 64, columns),
-            tiles(new_bshd(k), KEYS, width),
-            tiles(new_bshd(v), KEYS, width_v),
+            tiles(new_bshd(k), f.BLOCK_N, width),
+            tiles(new_bshd(v), f.BLOCK_N, width_v),
         ]
         walk = plan.hq // plan.hkv * -(-plan.max_q // block)  # steps of one key tile
         self.parts = (
@@ -183,8 +187,8 @@ class _Steps:
         constants = (f._replace(D=width, DV=width_v), schedule)
         self.main = Launch(attn_bwd_hopper_kernel, grid * self.parts, described, numbers, constants)
 
-        keys = (1 if plan.packed else plan.batch) * plan.hkv * plan.sk
-        self.sizes = keys * plan.d, keys * plan.dv
+        rows_k = (1 if plan.packed else plan.batch) * plan.hkv * plan.sk
+        self.sizes = rows_k * plan.d, rows_k * plan.dv
         self.round = _rounding(plan.batch * plan.hq * plan.sq * plan.d, plan.scale, last_first)
         if plan.packed:
             counts = (plan.hq, plan.sq, units, plan.max_q)

@@ -26,11 +26,11 @@ def _elements_by_row(groups):
 
 
 @gluon.constexpr_function
-def _elements_by_key():
-    """Of [4, 16, 32], two rows each: as wgmma's accumulator [64, 64]."""
-    registers = [[0, 8, 0], [0, 0, 4], [0, 0, 8], [0, 0, 16]]
+def _elements_by_key(pairs):
+    """Of [4, 16, pairs], two rows each: as wgmma's accumulator [64, 2 * pairs]."""
+    registers = [[0, 8, 0]] + [[0, 0, 1 << i] for i in range(2, pairs.bit_length() - 1)]
     lanes = [[0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[1, 0, 0], [2, 0, 0]], [], [4, 16, 32])
+    return gl.DistributedLinearLayout(registers, lanes, [[1, 0, 0], [2, 0, 0]], [], [4, 16, pairs])
 
 
 @gluon.jit
@@ -79,30 +79,31 @@ def _keep_pairs(x, words, select):
 
 
 @gluon.jit
-def bits_by_key(dropout, row0, n0, F: gl.constexpr):
-    """As ``bits_by_row``, of 64 keys from n0, for ``drop_by_key``: those of an odd row are in the lower half bytes."""
+def bits_by_key(dropout, row0, n0, ROWS: gl.constexpr, F: gl.constexpr):
+    """As ``bits_by_row``, of ROWS rows and 64 keys from n0, for ``drop_by_key``; odd rows in the lower half bytes."""
     if F.HAS_DROPOUT and not F.SPLIT_GROUPS:
         CALLS: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
-        row = row0 + 2 * gl.arange(0, 32, layout=gl.SliceLayout(0, CALLS))
+        row = row0 + 2 * gl.arange(0, ROWS // 2, layout=gl.SliceLayout(0, CALLS))
         group = (n0 >> 4) + gl.arange(0, 4, layout=gl.SliceLayout(1, CALLS))
         even = dropout_bits(dropout, row[None, :], group[:, None])
         odd = dropout_bits(dropout, row[None, :] + 1, group[:, None])
-        return gl.convert_layout(even | (odd >> 4), gl.SliceLayout(1, _elements_by_key()))
+        return gl.convert_layout(even | (odd >> 4), gl.SliceLayout(1, _elements_by_key(ROWS // 2)))
     else:
         return 0
 
 
 @gluon.jit
-def drop_by_key(x, bits, dropout, row0, n0, LAYOUT: gl.constexpr, HALF: gl.constexpr, F: gl.constexpr):
-    """x [64 keys, 64 rows], of 16 bits (HALF) or float32, with zeros where it is dropped."""
+def drop_by_key(x, bits, dropout, row0, n0, ROWS: gl.constexpr, LAYOUT: gl.constexpr, HALF: gl.constexpr,
+                F: gl.constexpr):  # fmt: skip
+    """x [64 keys, ROWS], of 16 bits (HALF) or float32, with zeros where it is dropped."""
     if F.SPLIT_GROUPS:
-        row = row0 + gl.arange(0, 64, layout=gl.SliceLayout(0, LAYOUT))
+        row = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT))
         col = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
         return zero_dropped(x, dropout_keep(dropout, row[None, :], col[:, None]), dropout)
     else:
-        c = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, _elements_by_key())))
+        c = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, _elements_by_key(ROWS // 2))))
         even = bits[:, None, :] << (c >> 2).to(gl.uint32)[None, :, None]
-        words = gl.convert_layout(gl.join(even, even << 4).reshape([64, 64]), LAYOUT)
+        words = gl.convert_layout(gl.join(even, even << 4).reshape([64, ROWS]), LAYOUT)
         byte = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT)) & 3
         if HALF:
             return _keep_pairs(x, words, (0xCC88 + 0x1111 * byte)[:, None])

@@ -162,8 +162,9 @@ def backward_reasons(
     key = ("hopper-bwd-unsupported", needs, deterministic, named)
     if key not in kept:
         kept[key] = fused.unsupported_backward(q, k, v, spec, needs, deterministic, varlen)
-        if varlen is not None and not taken("packed backward", named):
-            kept[key] = [*kept[key], untimed("packed backward")]
+        wide = max(q.shape[-1], v.shape[-1]) > 128
+        asked = {"packed backward": varlen is not None, "backward of wide heads": wide}
+        kept[key] = kept[key] + [untimed(form) for form, given in asked.items() if given and not taken(form, named)]
     return kept[key]
 
 

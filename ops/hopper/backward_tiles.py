@@ -1,0 +1,64 @@
+"""What the fused backward and its form for wide heads share: its schedule, names of barriers, steps on tiles."""
+
+from typing import NamedTuple
+
+from .shim import gl, gluon, warpgroup_mma
+
+SUB = gl.constexpr(64)  # query rows of one matrix product
+HALF = gl.constexpr(64)  # keys of one warpgroup
+# named barriers: stage s of q and dout (of q alone where WIDE) is free, and then dout is; warpgroup c's half of slot s
+# is written; all meet
+FREE, DO_FREE, GIVEN, ALL = gl.constexpr(4), gl.constexpr(7), gl.constexpr(8), gl.constexpr(12)
+
+
+class Schedule(NamedTuple):
+    """How a kernel variant is laid out in time and memory; a constexpr like ``Features``."""
+
+    SUBS: int = 1  # sub-tiles of 64 query rows in one step
+    STAGES: int = 2  # of q and dout; of q alone where WIDE
+    AHEAD: bool = False  # the next step's scores go to the matrix unit before this step's dQ, not behind it
+    K_REGS: bool = False  # keys as a register operand: less traffic in shared memory
+    SPLIT: bool | None = None  # programs share a key tile and add dK, dV into float32; None: as the grid asks
+    REGS: int = 240
+    WIDE: bool = False  # a warpgroup sums half the columns, not the gradients of half the keys: see backward_wide.py
+    CAP_FORM: int = 0  # of softcap: see capped, in portable/common.py
+
+
+@gluon.jit
+def zero_rows(tile, keep, LAYOUT: gl.constexpr):
+    """Zeros in the rows of a shared-memory tile that are not kept."""
+    x = tile.load(LAYOUT)
+    tile.store(gl.where(keep[:, None], x, gl.zeros_like(x)))
+
+
+@gluon.jit
+def scores(keys, queries, zero):
+    """Keys times queries^T (or values times dout^T), as a product in flight."""
+    return warpgroup_mma(keys, queries.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def add_rows(ptr, stride, tile, row0, rows, columns, LAYOUT: gl.constexpr):
+    """Add a tile to the rows from row0 of a float32 [rows, columns] matrix; the order of additions is not fixed."""
+    row = row0 + gl.arange(0, tile.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    column = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    at = ptr + row.to(gl.int64)[:, None] * stride + column[None, :]
+    gl.atomic_add(at, tile, mask=(row < rows)[:, None] & (column < columns)[None, :], sem="relaxed")
+
+
+@gluon.jit
+def store_rows(ptr, stride, staged, row0, rows, columns):
+    """The rows from row0 of a [rows, columns] matrix, from the shared memory [64, width] where they are staged."""
+    WIDTH: gl.constexpr = staged.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = row0 + gl.arange(0, HALF, layout=gl.SliceLayout(1, LAYOUT))
+    column = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
+    at = ptr + row.to(gl.int64)[:, None] * stride + column[None, :]
+    gl.store(at, staged.load(LAYOUT), mask=(row < rows)[:, None] & (column < columns)[None, :])
+
+
+@gluon.jit
+def tile_memory(COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, DTYPE: gl.constexpr):
+    """Shared memory for COUNT tiles, as bulk copies and matrix products want it."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], DTYPE)
+    return gl.allocate_shared_memory(DTYPE, [COUNT, ROWS, COLUMNS], layout)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from . import checks, library, paged
+from . import checks, library, paged, repeat
 from .spec import Paged, Spec, Varlen
 
 _NO_OFFSETS = (0, 0, 0, 0)
@@ -78,6 +78,18 @@ def flash_attention(
     """
     compiling = torch.compiler.is_compiling()
     kind = q.device.type if isinstance(q, Tensor) else ""
+    signature: tuple[Any, ...] = ()
+    if (
+        not compiling
+        and kind in repeat.KINDS
+        and key_ranges is mask is bias is key_log_weight is alibi_slopes is sinks is None
+        and dropout_offsets is _NO_OFFSETS
+        and library.may_repeat(q, k, v)
+    ):
+        signature = repeat.signature(q, k, v, (causal, window, softcap, scale, dropout_p, impl))
+        if (call := repeat.find(signature)) is not None:
+            out, lse = library.repeated(call, q, k, v)
+            return (out, lse) if return_lse else out
     if impl == "auto":
         impl = _AUTO.get(kind, "auto")
     if not compiling and _autocast(kind):
@@ -99,6 +111,8 @@ def flash_attention(
     if not compiling:  # there the fakes check
         _check(q, k, v, kind, impl, options)
     out, lse = library.attention(q, k, v, impl, *options)
+    if signature and seed is None:
+        library.keep(signature, q, k, v, impl, options)
     return (out, lse) if return_lse else out
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from . import repeat
 from .portable import launch as portable
 from .portable.launch import _on_device
 from .portable.plan import Plan, plan_of
@@ -46,6 +47,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None =
     if plan.arch == "sm90" and not _why_not_hopper(plan, q, k, v, spec, varlen):
         return _hopper_forward(q, plan, k, v, spec, varlen)
     return portable.forward(q, k, v, spec, varlen, None, plan)
+
+
+def Call(q: Tensor, k: Tensor, v: Tensor, impl: str, spec: Spec) -> repeat.Call:  # a constructor, as in the others
+    """What ``repeat`` keeps of the call: that of the back end which it chose."""
+    if choose(q, k, v, spec)[0] == "triton":
+        return portable.Call(q, k, v, impl, spec)
+    from .hopper.launch import Call
+
+    return Call(q, k, v, impl, spec)
 
 
 @_on_device

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
+from . import checks, repeat
 from .lazy import when_imported
 from .spec import Needs, Spec, Varlen, new_bshd, new_lse
 
@@ -303,7 +303,7 @@ class _Attention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         needs = Needs(*ctx.needs_input_grad[:6])
         deterministic = torch.are_deterministic_algorithms_enabled()
-        if not torch.is_grad_enabled() and _nobody_watches(q, k, v):
+        if not torch.is_grad_enabled() and nobody_watches(q, k, v):
             found = _find_gradients(dout, dlse, q, k, v, out, lse, needs, deterministic, impl, spec, varlen)
         else:
             call = (*(varlen or ()), impl, *spec)
@@ -312,6 +312,59 @@ class _Attention(torch.autograd.Function):
         return (*found, None, None, None)
 
     jvp = staticmethod(no_jvp)
+
+
+class _Repeated(_Attention):
+    """The same for a call that was made before: its ``Call`` knows what else there is to know."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: repeat.Call) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        out, lse = call.forward(q, k, v)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.repeated, ctx.call = call, (call.impl, (), call.numbers, ())
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        if (
+            dlse is None
+            and dout is not None
+            and ctx.needs_input_grad[:3] == (True, True, True)
+            and not torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
+            and not torch.are_deterministic_algorithms_enabled()
+        ):
+            q, k, v, out, lse = ctx.saved_tensors
+            if nobody_watches(q, k, v):
+                found = ctx.repeated.backward(dout, q, k, v, out, lse)
+                if found is not None:
+                    return (*found, None)
+        return _Attention.backward(ctx, dout, dlse)
+
+
+def keep(signature: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, impl: str, options: tuple[Any, ...]) -> None:
+    """Keep a call without optional tensors that has run, if its back end does."""
+    make = getattr(back_end(impl), "Call", None)
+    if make is not None and q.numel() and k.numel():
+        repeat.keep(signature, make(q, k, v, impl, Spec(*options)))
+
+
+def may_repeat(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether an eager call may take the short way, if it was made before."""
+    return (
+        nobody_watches(q, k, v)
+        and F.scaled_dot_product_attention is _SDPA
+        and not torch._C._are_functorch_transforms_active()
+        and _forward_ad_level() < 0
+    )
+
+
+def repeated(call: repeat.Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``attention`` of a call that was made before."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Repeated.apply(q, k, v, call)
+    return call.forward(q, k, v)
 
 
 def attention(*args: Any) -> tuple[Tensor, Tensor]:
@@ -336,7 +389,7 @@ def attention(*args: Any) -> tuple[Tensor, Tensor]:
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-def _nobody_watches(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def nobody_watches(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Plain tensors and no mode: nothing would see the op, so its 15 us in the dispatcher can be saved.
 
     Under autocast the op is what keeps the back end's own arithmetic out of it.
@@ -355,7 +408,7 @@ def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, impl: str, spec: Spec, varlen: Varlen | None
 ) -> tuple[Tensor, Tensor]:
     """The forward below autograd: the op, or its body where nobody watches."""
-    if _nobody_watches(q, k, v):
+    if nobody_watches(q, k, v):
         return _forward(q, k, v, impl, spec, varlen)
     with torch._C._AutoDispatchBelowAutograd():
         if varlen is None:

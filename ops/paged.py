@@ -126,7 +126,7 @@ def attention(*args: Any) -> tuple[Tensor, Tensor]:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
-        or not library._nobody_watches(q, k_cache, v_cache)
+        or not library.nobody_watches(q, k_cache, v_cache)
     ):
         return FWD(*args)
     return _fwd(*args)

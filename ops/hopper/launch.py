@@ -153,6 +153,31 @@ def backward(
     return portable.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen)
 
 
+class Call:
+    """What ``repeat`` keeps of a call on these kernels."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, impl: str, spec: Spec):
+        self.impl, self.numbers, self.spec, self.named = impl, spec[10:], spec, impl == "hopper"
+        self.plan = plan_of(q, k, v, spec, None)
+        reasons = backward_reasons(q, k, v, spec, portable.ALL, False, None, self.named)
+        self.fused = not reasons
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return _run_on_device(q, k, v, self)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor | None, ...] | None:
+        if not self.fused or not self.plan.takes(q, k, v):
+            return None
+        return fused.repeated(dout, q, k, v, out, lse, self.plan, self.spec, self.named)
+
+
+@_on_device
+def _run_on_device(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    return run_forward(call.plan, q, k, v, call.spec, None, None, call.named)
+
+
 def backward_reasons(
     q: Tensor, k: Tensor, v: Tensor, spec: Spec, needs: Needs, deterministic: bool, varlen: Varlen | None = None,
     named: bool = True,

@@ -29,6 +29,7 @@ from .plan import INTERPRETED, Launch, Plan, list_strides, plan_of, strides, tma
 MAX_HEAD_DIM = 256
 PREPARE_ROWS = 64
 FINISH_BLOCK = 1024
+ALL = Needs()  # the gradients of q, k and v
 Configs = dict[str, Config]
 
 
@@ -125,6 +126,26 @@ def forward(
         lse.fill_(float("-inf"))
     launch(_inputs(q, k, v, spec, varlen, spec.block_rows, spec.sinks, out, lse), _descriptors(f.TMA, k, v, f.BLOCK_N))
     return out, lse
+
+
+class Call:
+    """What ``repeat`` keeps of a call on these kernels."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, impl: str, spec: Spec):
+        self.impl, self.numbers, self.spec = impl, spec[10:], spec
+        self.plan = plan_of(q, k, v, spec, None)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return forward(q, k, v, self.spec, None, None, self.plan)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor | None, ...] | None:
+        plan = self.plan
+        if not plan.takes(q, k, v):
+            return None
+        found = backward(dout, None, q, k, v, out, lse, self.spec, ALL, False, None, None, plan)
+        return found[:3]
 
 
 @_on_device

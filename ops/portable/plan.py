@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from .. import repeat
 from ..spec import Spec, Varlen, bshd_layout, dropout_threshold, lse_layout
 from ..tuning import Config, architecture, lookup, tuned
 from .common import Features, narrow_parts, split_head_dim
@@ -146,7 +147,16 @@ class Plan:
         )
         self.out_layout, self.lse_layout = bshd_layout(q.shape, self.dv), lse_layout(q.shape)
         self.q_layout, self.k_layout, self.v_layout = (bshd_layout(x.shape, x.shape[-1]) for x in (q, k, v))
+        self.inputs = (q.stride(), k.stride(), v.stride())
+        self.alignment = alignment(q, k, v)
         self.launches: dict[Any, Any] = {}
+
+    def takes(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether tensors of the same sizes and dtype also have the strides and alignment that this was made for.
+
+        What was saved for a backward may come back elsewhere: hooks that move tensors to the host lay them out anew.
+        """
+        return (q.stride(), k.stride(), v.stride()) == self.inputs and alignment(q, k, v) == self.alignment
 
     def grid(self, rows: int, length: int, heads: int) -> tuple[int, int]:
         """Tiles of ``rows`` in ``length``, and programs over heads and batch."""
@@ -233,6 +243,7 @@ _kept: dict[tuple, Plan] = {}
 def forget() -> None:
     """Drop all plans, so that the next calls compile (or look up) their kernels anew."""
     _kept.clear()
+    repeat.forget()
 
 
 def plan_of(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None) -> Plan:
@@ -244,7 +255,7 @@ def plan_of(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None) 
         # not how many blocks have bits
         None if spec.block_bits is None else (spec.block_bits.shape[1:], spec.block_bits.is_contiguous()),
         None if varlen is None else (varlen[0].shape, varlen[2:]),
-        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,  # decides whether descriptors may be used
+        alignment(q, k, v),  # decides whether descriptors may be used
     )  # fmt: skip
     plan = _kept.get(key)
     if plan is None:
@@ -252,6 +263,11 @@ def plan_of(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None) 
             forget()
         plan = _kept[key] = Plan(q, k, v, spec, varlen)
     return plan
+
+
+def alignment(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """The bytes by which addresses miss a multiple of 16, which Triton compiles for."""
+    return (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:

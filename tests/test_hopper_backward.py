@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import pytest
@@ -19,7 +20,7 @@ import gluon_emulator
 from gluon_emulator import emulated
 from helpers import Case, check_bound, exact_attention, make_inputs, naive_attention, poisoned_empty
 
-from hf_flash_mc.ops.hopper import backward, backward_launch
+from hf_flash_mc.ops.hopper import backward, backward_launch, backward_wide
 from hf_flash_mc.ops.hopper.backward_tiles import Schedule
 from hf_flash_mc.ops.portable import launch as portable
 from hf_flash_mc.ops.portable import plan
@@ -152,24 +153,56 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mistakes_are_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The emulator sees what goes wrong on a GPU only now and then."""
-    source = Path(backward.__file__).read_text()
-    changes = MUTANTS[name]
+    mutant = altered(backward, MUTANTS[name], tmp_path)
+    monkeypatch.setattr(gluon_emulator, "TIMEOUT", 2.0)
+    with mock.patch.object(backward_launch, "attn_bwd_hopper_kernel", mutant.attn_bwd_hopper_kernel):
+        expect_failure(LONG, Schedule(AHEAD="given" in name), name)
+
+
+def altered(module: ModuleType, changes: tuple[str, ...], folder: Path) -> ModuleType:
+    """The module, with every other text of ``changes`` in place of the one before it, which its source has once."""
+    source = Path(module.__file__).read_text()
     for old, new in zip(changes[::2], changes[1::2], strict=True):
         assert source.count(old) == 1, old
         source = source.replace(old, new)
-    path = tmp_path / "backward_mutant.py"
+    path = folder / "mutant.py"
     path.write_text(source)
-    spec = importlib.util.spec_from_file_location("hf_flash_mc.ops.hopper.backward_mutant", path)
+    spec = importlib.util.spec_from_file_location("hf_flash_mc.ops.hopper.mutant", path)
     mutant = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutant)
-    monkeypatch.setattr(gluon_emulator, "TIMEOUT", 2.0)
-    with mock.patch.object(backward_launch, "attn_bwd_hopper_kernel", mutant.attn_bwd_hopper_kernel):
-        for seed in range(32):  # a mistake shows in some orders of the warps only
-            try:
-                run_backward(LONG, Schedule(AHEAD="given" in name), seed)
-            except AssertionError:  # of the emulator, or of the error bound
-                return
+    return mutant
+
+
+def expect_failure(case: Case, schedule: Schedule | None, name: str) -> None:
+    for seed in range(32):  # a mistake shows in some orders of the warps only
+        try:
+            run_backward(case, schedule, seed)
+        except AssertionError:  # of the emulator, or of the error bound
+            return
     pytest.fail(f"not noticed: {name}")
+
+
+WIDE_MUTANTS = {
+    "products before both halves are written": ("        bar_sync(ALL, 256)\n        dv = ", "        dv = "),
+    "no fence behind weights and gradients": (
+        "        fence_async_shared()\n        bar_sync(ALL, 256)\n        dv",
+        "        bar_sync(ALL, 256)\n        dv",
+    ),
+    "dout released before dV has read it": (
+        "        dv = warpgroup_mma_wait(PASSES + 2, deps=(dv,))\n        bar_arrive(DO_FREE, 288)\n",
+        "        bar_arrive(DO_FREE, 288)\n        dv = warpgroup_mma_wait(PASSES + 2, deps=(dv,))\n",
+    ),
+    "one slot for weights and gradients": ("slot = t % 2", "slot = 0"),
+    "dQ overwritten before it was added": ("    tma_store_wait(0)\n    dq_out", "    dq_out"),
+}
+
+
+@pytest.mark.parametrize("name", WIDE_MUTANTS)
+def test_mistakes_with_wide_heads_are_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gluon_emulator, "TIMEOUT", 2.0)
+    mutant = altered(backward_wide, WIDE_MUTANTS[name], tmp_path)
+    with mock.patch.object(backward, "consume_wide", mutant.consume_wide):
+        expect_failure(Case(**{**WIDE, "Hq": 1}, Sq=330, Sk=70, causal=True), None, name)
 
 
 VARIANTS = ("64-causal", "128-causal", "128-ranges", "128-dropout", "256-causal+")

@@ -84,6 +84,11 @@ CASES = [
     *(Case("bf16", (d, d), feature) for d in (64, 128) for feature in RARER),
     *(Case("bf16", dims, "causal") for dims in ((80, 80), (96, 96), (192, 128))),
     *(Case("bf16", dims, "ranges") for dims in ((64, 32), (100, 40), (80, 80))),  # V narrower than K: see sass.py
+    *(Case(dtype, (512, 512), feature) for dtype in ("bf16", "fp32") for feature in USUAL),
+    *(Case("bf16", (512, 512), feature) for feature in RARER),
+    *(Case("bf16", dims, "causal") for dims in ((320, 320), (384, 384), (500, 500), (512, 256), (256, 512))),
+    *(Case("bf16", (512, 512), feature, n) for feature in ("plain", "many") for n in ((1, 4096), (8, 4096))),
+    *(Case("bf16", (512, 512), feature, n) for feature, n in PAGED),
     Case("fp16", (128, 128), "causal"),
     # windows, many queries over few keys, few over many, decoding: kernels of their own
     *(Case("bf16", (d, d), feature, n) for d in (64, 128) for feature in ("plain", "many") for n in SPECIAL),
@@ -97,8 +102,10 @@ CI = [
     ("sm90", Case("bf16", (64, 64), "plain", (32, 32))),
     ("sm90", Case("bf16", (64, 64), "plain", (8, 4096))),
     ("sm90", Case("bf16", (128, 128), "paged16", (1, 4096))),
+    ("sm90", Case("bf16", (512, 512), "causal")),
     ("sm100", Case("bf16", (128, 128), "plain")),
     ("gfx942", Case("bf16", (64, 64), "causal")),
+    ("gfx942", Case("bf16", (512, 512), "causal")),
 ]
 
 

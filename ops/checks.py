@@ -19,7 +19,7 @@ ALL_DTYPES = (*GPU_DTYPES, torch.float64)
 # impl -> dtypes, largest head dim (None: any)
 LIMITS: dict[str, tuple[tuple[torch.dtype, ...], int | None]] = {
     "hopper": ((torch.float16, torch.bfloat16), 256),
-    "triton": (GPU_DTYPES, 256),
+    "triton": (GPU_DTYPES, 512),
     "cpu": (ALL_DTYPES, None),
     "reference": (ALL_DTYPES, None),
 }

@@ -37,8 +37,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Gemma 4",
         ("gemma4_text", "gemma4", "gemma4_unified_text", "gemma4_unified"),
-        "head dim 512 in full layers, which the GPU kernels refuse for now (the CPU takes it, and so does "
-        'fallback="sdpa"); image blocks',
+        "head dim 512 in full layers, image blocks",
         tested=True,
     ),
     Family("gpt-oss", ("gpt_oss",), "learned sinks, sliding window", tested=True),

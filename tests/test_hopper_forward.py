@@ -228,7 +228,7 @@ def test_what_it_cannot_take_raises_and_says_why(change: dict[str, Any], word: s
 @pytest.mark.parametrize(
     ("sizes", "chosen", "word"),
     [((130, 130, 64), "hopper", ""), ((8, 500, 64), "triton", "query rows"), ((500, 32, 64), "triton", "keys"),
-     ((130, 130, 32), "triton", "head dims")],
+     ((130, 130, 32), "triton", "head dims"), ((130, 130, 512), "triton", "head dim 512: the Hopper kernels take")],
 )  # fmt: skip
 def test_auto_takes_what_is_faster(sizes: tuple[int, int, int], chosen: str, word: str) -> None:
     sq, sk, d = sizes

@@ -5,6 +5,8 @@ Interpreted on the CPU, real on a GPU. The drawn cases are in test_property.py.
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from helpers import Case, check_results, make_inputs, run_case
@@ -16,7 +18,8 @@ from hf_flash_mc.ops import evaluate_block_mask, flash_attention, flash_attentio
 from hf_flash_mc.ops.portable import launch, plan, shapes
 from hf_flash_mc.ops.portable.common import narrow_parts, split_head_dim
 from hf_flash_mc.ops.spec import Needs, Spec
-from hf_flash_mc.ops.tuning import Config
+from hf_flash_mc.ops.tuning import Config, largest_head_dim, lookup
+from hf_flash_mc.ops.tuning.tables import TABLE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -75,6 +78,35 @@ def test_fused_backward(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     run_case(case, "triton", DEVICE)
 
 
+BIG = [
+    Case(dtype=BF16, Hkv=1, Sq=20, Sk=37, D=512, causal=True, dlse=True),
+    Case(Sq=17, Sk=20, D=500, Dv=260, window=(9, None), softcap=5.0, sinks=True, strides="sliced", poison=True),
+    Case(dtype=FP16, Sq=20, Sk=20, D=384, Dv=64, key_ranges="packed", bias="hqk", strides="lastdim"),
+    Case(dtype=BF16, D=320, varlen=((5, 9), (0, 3), (20, 17)), causal=True, poison=True),
+]
+
+
+@pytest.mark.parametrize("form", ["split", "fused"])
+@pytest.mark.parametrize("case", BIG, ids=lambda c: c.id)
+def test_head_dims_above_256(case: Case, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_FLASH_MC_BACKWARD", form)
+    run_case(case, "triton", DEVICE)
+
+
+def test_every_architecture_has_tiles_for_its_head_dims() -> None:
+    """512, or in float32 what 99 KiB of shared memory hold; beyond, the error says so."""
+    found = {arch: (largest_head_dim(arch, False), largest_head_dim(arch, True)) for arch in TABLE}
+    assert found.pop("sm86") == (512, 384)
+    assert set(found.values()) == {(512, 512)}
+    q = torch.zeros(1, 1, 2, 512)
+    with mock.patch.object(launch, "architecture", return_value="sm86"):
+        assert launch.unsupported(q, q, q, Spec()) == [
+            "head dim 512: the Triton kernels take up to 384 in torch.float32 on sm86"
+        ]
+    with pytest.raises(ValueError, match=r"head_dim: expected at most 384 .* on sm86 in float32, got 512; use"):
+        lookup("dq", "sm86", True, 512)
+
+
 def test_deterministic_backward_ignores_the_fused_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_FLASH_MC_BACKWARD", "fused")
     monkeypatch.setattr(launch, "attn_bwd_finish", None)  # the fused form ends with it
@@ -88,14 +120,15 @@ def test_deterministic_backward_ignores_the_fused_form(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("d", "parts"),
-    [(1, (16,)), (40, (32, 16)), (80, (64, 16)), (96, (64, 32)), (112, (64, 32, 16)), (192, (128, 64)), (256, (256,))],
+    [(1, (16,)), (40, (32, 16)), (80, (64, 16)), (96, (64, 32)), (112, (64, 32, 16)), (192, (128, 64)), (256, (256,)),
+     (320, (256, 64)), (500, (512,))],
 )  # fmt: skip
 def test_head_dim_parts(d: int, parts: tuple[int, ...]) -> None:
     """Powers of two from 16 up that cover D, without padding to the next power."""
     assert split_head_dim(d) == parts
 
 
-@pytest.mark.parametrize("d", [1, 16, 31, 33, 48, 80, 96, 100, 256])
+@pytest.mark.parametrize("d", [1, 16, 31, 33, 48, 80, 96, 100, 256, 500])
 def test_float32_parts_cover_the_head_dim(d: int) -> None:
     """Parts of 32 and one of 16 at most, with less than 16 columns to spare."""
     parts = narrow_parts(d)

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..block_mask import block_table
 from ..spec import Gradients, Needs, Spec, Varlen, new_strided
-from ..tuning import Config
+from ..tuning import Config, architecture, largest_head_dim
 from . import shapes
 from .backward import (
     attn_bwd_dkdv_kernel,
@@ -26,8 +26,7 @@ from .bias_grad import attn_bwd_dbias_kernel
 from .forward import attn_fwd_kernel
 from .plan import INTERPRETED, Launch, Plan, list_strides, plan_of, strides, tma_can_read
 
-MAX_HEAD_DIM = 256
-PREPARE_ROWS = 64
+PREPARE_ROWS, PREPARE_ROWS_BIG = 64, 16  # up to Dv = 256, and above
 FINISH_BLOCK = 1024
 ALL = Needs()  # the gradients of q, k and v
 Configs = dict[str, Config]
@@ -38,8 +37,10 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | No
     reasons = []
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"dtype {q.dtype}: the Triton kernels take float16, bfloat16 and float32")
-    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
-        reasons.append(f"head dim {max(q.shape[-1], v.shape[-1])}: the Triton kernels take up to {MAX_HEAD_DIM}")
+    arch, wide = architecture(q.device), q.dtype == torch.float32
+    head_dim, most = max(q.shape[-1], v.shape[-1]), largest_head_dim(arch, wide)
+    if head_dim > most:
+        reasons.append(f"head dim {head_dim}: the Triton kernels take up to {most} in {q.dtype} on {arch}")
     if q.device.type == "cpu" and not INTERPRETED:
         reasons.append("CPU tensors: the Triton kernels run on a GPU, or anywhere with TRITON_INTERPRET=1")
     return reasons
@@ -222,8 +223,9 @@ class _Backward:
         key, launch = self._launch("prepare", out.stride(), None if dlse is None else (dlse.stride(), dlse.dtype))
         if launch is None:
             f, _ = plan.variant("dq")
-            f = f._replace(BLOCK_M=PREPARE_ROWS, BLOCK_N=PREPARE_ROWS)
-            tiles, grid = plan.grid(PREPARE_ROWS, plan.max_q, plan.hq)
+            rows = PREPARE_ROWS if plan.dv <= 256 else PREPARE_ROWS_BIG
+            f = f._replace(BLOCK_M=rows, BLOCK_N=rows)
+            tiles, grid = plan.grid(rows, plan.max_q, plan.hq)
             s = (0, 0, 0) if dlse is None else (0, *dlse.stride()) if plan.packed else dlse.stride()
             numbers = (*strides(out), *strides(self.dout), *s, plan.hq, plan.sq, plan.max_q, tiles)
             launch = plan.launches[key] = Launch(attn_bwd_prepare, grid, numbers, (dlse is not None, f)), tiles

@@ -10,7 +10,7 @@ import torch
 from .cache import tuned
 from .tables import TABLE
 
-__all__ = ["Config", "architecture", "find", "lookup", "tuned"]
+__all__ = ["Config", "architecture", "find", "largest_head_dim", "lookup", "tuned"]
 
 
 class Config(NamedTuple):
@@ -58,7 +58,17 @@ def lookup(kind: str, arch: str, wide: bool, head_dim: int, features: str = "") 
     for limit, block_m, block_n, num_warps, num_stages, *registers in options:
         if head_dim <= limit:
             return Config(block_m, block_n, num_warps, num_stages, features == "tma", *registers)
-    raise ValueError(f"head_dim: expected at most {options[-1][0]} for the portable kernels, got {head_dim}")
+    raise ValueError(
+        f"head_dim: expected at most {options[-1][0]} for the portable kernels on {arch} in "
+        f"{'float32' if wide else '16 bits'}, got {head_dim}; use impl='reference'"
+    )
+
+
+@functools.cache
+def largest_head_dim(arch: str, wide: bool) -> int:
+    """Up to which head dim every kernel of the general form has tiles; float32 needs twice the shared memory."""
+    rows = TABLE[arch]["wide" if wide else "half"]
+    return min(rows[kind][-1][0] for kind in ("fwd", "dkdv", "fused", "dq", "dbias"))
 
 
 def find(kind: str, arch: str, wide: bool, head_dim: int) -> Config | None:

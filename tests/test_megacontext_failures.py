@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from patch_models import causal_model
 from test_megacontext_session import CONFIG, attached, edits, history, logits_of
 from transformers import BatchEncoding
 
-from hf_flash_mc import MegaContextConfig
+from hf_flash_mc import MegaContextConfig, attach_megacontext
 
 TRAINED = {"width": 32, "head_dim": 16}
 DUAL = dataclasses.replace(CONFIG, w_max=64, lens={"kind": "dual", **TRAINED})
@@ -247,3 +249,50 @@ def test_the_smallest_window_there_may_be(lens: str, max_lod: int, backend: str)
         session.generate(max_new_tokens=2, do_sample=False)
         session.check_invariants()
         assert len(session.working_context) <= config.w_max
+
+
+@pytest.mark.parametrize("backend", ["kv", "embedding"])
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda session: pickle.loads(pickle.dumps(session))])
+def test_a_copy_of_a_session_goes_its_own_way(backend: str, way: Any) -> None:
+    gist = {} if backend == "kv" else {"layers": 1}
+    session = attached("llama", dataclasses.replace(DUAL, backend=backend, gist=gist)).megacontext.session()
+    session.ingest(history(100))
+    before = shown(session)
+    other = way(session)
+    assert other.model is not session.model
+    with torch.no_grad():
+        for parameter in session.model.parameters():
+            parameter.mul_(2.0)  # nothing of the copy may still run the first model
+    tokens = other.generate(max_new_tokens=6, do_sample=False)
+    other.check_invariants()
+    assert all(np.array_equal(a, b) for a, b in zip(before, shown(session), strict=True))
+    with torch.no_grad():
+        for parameter in session.model.parameters():
+            parameter.div_(2.0)
+    assert torch.equal(session.generate(max_new_tokens=6, do_sample=False), tokens)
+
+
+def test_what_cannot_be_copied_says_so(tmp_path: Path) -> None:
+    session = attached().megacontext.session(tmp_path)
+    session.ingest(history(40))
+    with pytest.raises(TypeError, match=r"copy\.deepcopy"):
+        copy.copy(session)
+    with pytest.raises(TypeError, match="a file has one owner"):
+        copy.deepcopy(session)
+    session.ingest(history(3))
+
+
+def test_a_lens_that_torch_compile_wrapped_scores_as_it_did() -> None:
+    model = attached("llama", DUAL)
+    session = model.megacontext.session()
+    session.ingest(history(100))
+    wanted = session.scores()
+    model.megacontext.lens = torch.compile(model.megacontext.lens, backend="eager")
+    assert torch.allclose(session.scores(), wanted, atol=1e-6)
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    model = causal_model("llama").model
+    with pytest.raises(TypeError, match="LlamaModel without a language-modelling head"):
+        attach_megacontext(model, CONFIG)
+    assert not hasattr(model, "megacontext")

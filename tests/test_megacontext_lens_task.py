@@ -57,7 +57,7 @@ def as_session_edit(task: LensTask, kind: int, start: int, end: int) -> Edits:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
-@pytest.mark.parametrize("max_lod", [1, 2])
+@pytest.mark.parametrize("max_lod", [1, 2, 3])
 def test_measured_as_a_session_measures_and_seen_as_it_shows(family: str, max_lod: int) -> None:
     task = task_of(dataclasses.replace(BASE, max_lod=max_lod), family)
     ids, levels = windows(3), mixed(task, 3)
@@ -98,6 +98,8 @@ def test_a_batch_scores_as_its_contexts_one_by_one(kind: str) -> None:
         for i in range(3):
             alone = LensInput(cursor=entries.cursor, **{name: getattr(entries, name)[i] for name in names})
             assert torch.allclose(together[i], lens.score(alone), atol=1e-5)
+        with pytest.raises(ValueError, match="count: expected None for 3 contexts"):
+            lens.score(dataclasses.replace(entries, count=torch.tensor(5, dtype=torch.int32)))
 
 
 def test_edits_are_legal_different_and_all_of_them() -> None:

@@ -142,6 +142,11 @@ def attach_megacontext(model: Any, config: MegaContextConfig | None = None) -> A
         raise ValueError(
             f"model: {type(root).__name__} has a megacontext already; call detach_megacontext(model) first"
         )
+    if root.get_output_embeddings() is None:
+        raise TypeError(
+            f"model: expected a causal language model, got {type(root).__name__} without a language-modelling head; "
+            "load it with AutoModelForCausalLM"
+        )
     config = complete_config(root, config)
     layer_windows(root)
     rope = rope_of(root)

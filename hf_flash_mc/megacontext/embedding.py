@@ -51,13 +51,16 @@ class EmbeddingMemory(Memory):
             config,
             folder=folder,
             pool=self._pool,
-            embed=lambda ids: embed(ids).cpu(),
+            embed=self._leaves,
             payload_dtype=self.dtype,
             durable=durable,
         )
 
     def _pool(self, children: Tensor, *, lod: int, first: int) -> Tensor:
         return self.gist.pool(children.to(self.cache.device), lod=lod, first=first).cpu()
+
+    def _leaves(self, ids: Tensor) -> Tensor:
+        return self.embed(ids).cpu()
 
     def commit(self, upto: int, token_ids: Tensor, wc: WorkingContext) -> None:
         """Put the tokens before number ``upto`` into the tree; token_ids: those from ``committed`` on, int64 [n]."""

@@ -17,6 +17,10 @@ LATEST = 5  # finest gists that say what the text is about now, beside the coars
 COPIED = 4096  # tokens taken over at a time
 
 
+def _mean(children: Tensor, *, lod: int, first: int) -> Tensor:
+    return children.float().mean(1)
+
+
 class EntryEmbeddings:
     """Mean input embeddings of every node of a history, kept in step with its tree.
 
@@ -30,10 +34,13 @@ class EntryEmbeddings:
         self.embed = embed
         self.means = MegaContextTree(
             dataclasses.replace(config, backend="embedding"),
-            pool=lambda children, *, lod, first: children.float().mean(1),
-            embed=lambda ids: embed(ids).float().cpu(),
+            pool=_mean,
+            embed=self._leaves,
             payload_dtype=torch.float16,
         )
+
+    def _leaves(self, ids: Tensor) -> Tensor:
+        return self.embed(ids).float().cpu()
 
     def follow(self, tree: MegaContextTree) -> None:
         """Take over the tokens that came to the tree, or left it."""

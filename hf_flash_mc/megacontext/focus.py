@@ -69,6 +69,9 @@ class Focus:
     def _commit(self, upto: int) -> None:
         raise NotImplementedError
 
+    def _embed(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def refocus(self, *, rounds: int = 1, max_edits: int | None = None, reread: int = 0) -> list[Edits]:
         """Let the lens score the working context and the allocator edit it, ``rounds`` times; the edits of each.
 
@@ -102,7 +105,7 @@ class Focus:
     def lens_input(self, keep: int = 0) -> LensInput:
         """What the lens is shown of the working context, on the device; ``keep``: only so many last queries count."""
         wc, lens = self.working_context, self.addon.lens
-        trained = isinstance(lens, TrainedLens)
+        trained = isinstance(getattr(lens, "_orig_mod", lens), TrainedLens)  # the module that torch.compile wrapped
         if trained or lens.reads == "recall":  # they know what is in the tree
             self._commit(len(self) - max(self.config.recent_tokens, keep))
         last = keep or None
@@ -112,8 +115,7 @@ class Focus:
             context.recall = self.recall_mass(last)
         if trained:
             if self._entries is None:
-                embed = self.model.get_input_embeddings()
-                self._entries = EntryEmbeddings(self.config, lambda ids: embed(ids.to(self.device)).detach())
+                self._entries = EntryEmbeddings(self.config, self._embed)
             self._entries.follow(self.memory.tree)
             context.entries = self._entries.of(wc, self.tokens())
             tail = self._entries.tail().to(context.entries)

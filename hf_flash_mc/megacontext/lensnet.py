@@ -52,6 +52,8 @@ class LensInput:
     @property
     def real(self) -> Tensor | None:
         """Which entries are no padding: bool ``[N]``; None for all."""
+        if self.count is not None and self.lod.dim() > 1:
+            raise ValueError(f"count: expected None for {len(self.lod)} contexts at once, which have no padding")
         return None if self.count is None else torch.arange(len(self.lod), device=self.lod.device) < self.count
 
     def need(self, name: str, lens: Any) -> Tensor:

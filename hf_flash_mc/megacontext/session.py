@@ -411,23 +411,30 @@ class MegaContextSession(Focus):
         return slots, out.logits[0, out.logits.shape[1] - keep :]
 
     def _make_memory(self, durable: bool) -> Memory:
-        gist, embed = self.addon.gist, self.model.get_input_embeddings()
+        gist = self.addon.gist
         if self.config.backend == "kv":
             return KVMemory(self.config, self.cache, gist, self.addon.rope, self.folder, durable=durable)
-
-        def run(embeddings: Tensor, positions: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-            return self._run({"inputs_embeds": embeddings[None]}, positions, tokens, 1)[0]
-
         return EmbeddingMemory(
             self.config,
             self.cache,
             gist,
             self.folder,
-            embed=lambda ids: embed(ids.to(self.device)).detach(),
-            run=run,
+            embed=self._embed,  # methods, so that a copy of the session has its own
+            run=self._run_embeddings,
             chunk_size=self.chunk_size,
             durable=durable,
         )
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings [n, d] of token ids [n]."""
+        return self.model.get_input_embeddings()(ids.to(self.device)).detach()
+
+    def _run_embeddings(self, embeddings: Tensor, positions: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Run slots that are embeddings [n, d]; their columns."""
+        return self._run({"inputs_embeds": embeddings[None]}, positions, tokens, 1)[0]
+
+    def __copy__(self) -> MegaContextSession:
+        raise TypeError("a session shares its cache with no other; use copy.deepcopy, or save it and load_session")
 
     def _commit(self, upto: int) -> None:
         """Put tokens before number ``upto`` into the tree."""

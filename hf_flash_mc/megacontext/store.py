@@ -306,6 +306,9 @@ class FileStore(_Records):
             fcntl.flock(self._file.fileno(), fcntl.LOCK_UN)  # a map that is still referenced would keep the lock
         self._file.close()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(f"{self.path}: a file has one owner and cannot be copied; save the session to another folder")
+
     @property
     def _journal(self) -> Path:
         return self.path.with_name(self.path.name + ".journal")

@@ -7,10 +7,10 @@ the table below it names it.
 from __future__ import annotations
 
 AUTO_TAKES = {
-    "packed backward": False,  # the fused backward of packed sequences; else the portable pair
-    "backward of wide heads": False,  # the fused one of head dims above 128; else the portable pair
-    "softcap": False,  # tanh by the instructions that plan.cap_form and backward_launch name; else by a division
-    "key_log_weight": False,  # through shared memory, plan.STAGED; else plan.WEIGHT
+    "packed backward": True,  # the fused backward of packed sequences; else the portable pair
+    "backward of wide heads": True,  # the fused one of head dims above 128; else the portable pair
+    "softcap": True,  # tanh by the instructions that plan.cap_form and backward_launch name; else by a division
+    "key_log_weight": True,  # through shared memory, plan.STAGED; else plan.WEIGHT
     "last rows first": False,  # before and after the fused backward, for what the L2 cache still holds of dQ's sums
 }
 

@@ -303,7 +303,8 @@ class _Attention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         needs = Needs(*ctx.needs_input_grad[:6])
         deterministic = torch.are_deterministic_algorithms_enabled()
-        if not torch.is_grad_enabled() and nobody_watches(q, k, v):
+        # compiled autograd traces this, and must see the op itself
+        if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and nobody_watches(q, k, v):
             found = _find_gradients(dout, dlse, q, k, v, out, lse, needs, deterministic, impl, spec, varlen)
         else:
             call = (*(varlen or ()), impl, *spec)
@@ -321,7 +322,7 @@ class _Repeated(_Attention):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: repeat.Call) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         out, lse = call.forward(q, k, v)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.repeated, ctx.call = call, (call.impl, (), call.numbers, ())
+        ctx.repeated, ctx.call = call, call.kept
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -341,6 +342,10 @@ class _Repeated(_Attention):
                 if found is not None:
                     return (*found, None)
         return _Attention.backward(ctx, dout, dlse)
+
+
+# without a look for what transforms of torch.func left behind: such a tensor has no memory, so no signature
+_apply_repeated = super(torch.autograd.function._SingleLevelFunction, _Repeated).apply
 
 
 def keep(signature: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, impl: str, options: tuple[Any, ...]) -> None:
@@ -363,7 +368,7 @@ def may_repeat(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def repeated(call: repeat.Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """``attention`` of a call that was made before."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Repeated.apply(q, k, v, call)
+        return _apply_repeated(q, k, v, call)
     return call.forward(q, k, v)
 
 

@@ -18,8 +18,7 @@ KEPT = 1024
 class Call(Protocol):
     """What a back end keeps of a call; both functions take tensors of the signature that it was kept under."""
 
-    numbers: tuple[Any, ...]  # Spec's, behind its tensors
-    impl: str
+    kept: tuple[Any, ...]  # what a backward by the long way needs of it: impl, (), Spec's numbers, ()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out and lse."""

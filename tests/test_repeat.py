@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -182,6 +183,19 @@ def test_autocast_and_functorch_go_the_long_way() -> None:
     assert same(grads, expected[2:])
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         flash_attention(torch.autograd.forward_ad.make_dual(qkv[0], qkv[0]), *qkv[1:], impl="triton")
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_compiled_autograd_sees_the_op(short: bool) -> None:
+    """It traced into the kernels' launches."""
+    qkv = inputs()
+    expected = run(qkv)
+    with mock.patch.object(repeat, "KINDS", {DEVICE} if short else set()):
+        assert is_short(qkv) == short
+        loss = flash_attention(*qkv, impl="triton").float().square().sum()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    assert all(torch.equal(x.grad, grad) for x, grad in zip(qkv, expected[2:], strict=True))
 
 
 def test_there_is_a_bound_on_what_is_kept() -> None:

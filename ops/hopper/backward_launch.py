@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..portable.launch import _KeyPlans, _on_device
+from ..portable.launch import ALL, _KeyPlans, _on_device
 from ..portable.plan import Launch as PortableLaunch
 from ..portable.plan import Plan, features, plan_of, strides
 from ..spec import Gradients, Needs, Spec, Varlen, bshd_layout, new_bshd, new_strided
@@ -32,6 +33,7 @@ MAX_KEYS_IN_RANGES = 1 << 24  # the kernel compares them as float32
 # by padded head dim; AHEAD was 2 to 5 % faster at 128 on an H100, in a run that did not look at its values
 SCHEDULES = {64: Schedule(SUBS=2, K_REGS=True), 128: Schedule(), 256: Schedule(WIDE=True)}
 DROPOUT_64 = Schedule()  # two sub-tiles spill 140 registers
+_ABSENT = (0,) * 11  # the addresses of what the fused kernel reads or writes where its features ask for it
 Configs = dict[str, Schedule]
 
 
@@ -108,15 +110,18 @@ def _steps(
 
 @_on_device
 def repeated(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, spec: Spec, named: bool
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Any
 ) -> tuple[Tensor | None, ...] | None:
-    """dq, dk and dv of a supported call whose plan is known; None where dout or out needs a copy first."""
-    if tma_problem(dout) is not None or out.stride(-1) != 1:
-        return None
-    steps = _steps(plan, q, k, v, dout, out, named=named)
+    """dq, dk and dv of a ``hopper.launch.Call``; None where its tensors need a closer look."""
+    key = dout.stride(), out.stride()
+    steps = call.steps.get(key)
+    if steps is None:
+        if tma_problem(dout) is not None or out.stride(-1) != 1:
+            return None
+        steps = call.steps[key] = _steps(call.plan, q, k, v, dout, out, named=call.named)
     if steps.bare:
         return steps.run_bare(dout, q, k, v, out, lse)
-    return steps.run(dout, None, q, k, v, out, lse, spec, Needs(), None)[:3]
+    return steps.run(dout, None, q, k, v, out, lse, call.spec, ALL, None)[:3]
 
 
 @functools.cache
@@ -226,14 +231,30 @@ class _Steps:
 
     def run_bare(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """``run`` where nothing but q, k, v and dout is read: in a small call every microsecond of the host counts."""
+    ) -> tuple[Tensor, ...] | None:
+        """``run`` where nothing but q, k, v and dout is read; None for unaligned tensors.
+
+        In a small call every microsecond of the host counts: each address is asked for once.
+        """
         plan = self.plan
         rows, total = new_strided(lse, self.rows_layout), new_strided(lse, self.total_layout)
         dq, dk, dv = new_strided(q, plan.q_layout), new_strided(k, plan.k_layout), new_strided(v, plan.v_layout)
-        self.rows([out, dout, q, lse, None, None, None, rows, None, q, dout, total, None, None])
-        self.main([q, k, v, dout, q, dout, total, dk, dv], [rows, *(None,) * 11])
-        self.round([total, dq])
+        first, main, last = self.rows, self.main, self.round
+        tensors = [q, k, v, dout, q, dout, total, dk, dv]
+        at = tuple([x.data_ptr() for x in tensors])
+        q_at, k_at, v_at, dout_at, _, _, total_at, *_ = at
+        out_at, lse_at, rows_at = out.data_ptr(), lse.data_ptr(), rows.data_ptr()
+        if (q_at | k_at | v_at | dout_at | out_at | lse_at) & 15:  # new memory is aligned
+            return None
+        if first.runner is None or main.runner is None or last.runner is None:
+            first([out, dout, q, lse, None, None, None, rows, None, q, dout, total, None, None])
+            main(tensors, [rows, *(None,) * len(_ABSENT)])
+            last([total, dq])
+            return dq, dk, dv
+        first.runner(out_at, dout_at, q_at, lse_at, 0, 0, 0, rows_at, 0, q_at, dout_at, total_at, 0, 0,
+                     *first.numbers, *first.constants)  # fmt: skip
+        main.runner(tensors, (rows_at, *_ABSENT), at)
+        last.runner(total_at, dq.data_ptr(), *last.numbers, *last.constants)
         return dq, dk, dv
 
     def clean(self, x: Tensor, which: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -155,7 +155,7 @@ class Launch:
         self.numbers, self.constants = numbers, constants
         # a thread's registers at the start, where more than one program shares a multiprocessor
         self.options = {"num_warps": 4} if registers is None else {"num_warps": 4, "maxnreg": registers}
-        self.runner: Callable[[list[Tensor], list[int]], None] | None = None
+        self.runner: Callable[..., None] | None = None
 
     def __call__(self, bases: list[Tensor], tensors: list[Tensor | None]) -> None:
         if self.runner is not None:
@@ -176,8 +176,8 @@ class Launch:
 _MAPS_KEPT = 256  # sets of addresses whose encoded tensor maps are kept
 
 
-def _runner(compiled: Any, of: Launch) -> Callable[[list[Tensor], list[int]], None]:
-    """The compiled kernel as a function of bases and addresses.
+def _runner(compiled: Any, of: Launch) -> Callable[..., None]:
+    """The compiled kernel as a function of bases, addresses and, where they are known already, the bases' addresses.
 
     On Triton 3.6 straight to the launcher's C function, with tensor maps that are encoded once for each address; other
     versions, and profilers that hook launches, go through ``compiled[grid]``.
@@ -185,7 +185,7 @@ def _runner(compiled: Any, of: Launch) -> Callable[[list[Tensor], list[int]], No
     grid, described, rest = of.grid, of.tiles, (*of.numbers, *of.constants)
     general = compiled[grid]
 
-    def through_triton(bases: list[Tensor], addresses: list[int]) -> None:
+    def through_triton(bases: list[Tensor], addresses: Sequence[int], at: tuple[int, ...] | None = None) -> None:
         general(*[t.of(x) for t, x in zip(described, bases, strict=True)], *addresses, *rest)
 
     launcher = compiled.run
@@ -207,11 +207,14 @@ def _runner(compiled: Any, of: Launch) -> Callable[[list[Tensor], list[int]], No
     cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
     current_stream, device = torch._C._cuda_getCurrentRawStream, torch.cuda.current_device()
 
-    def direct(bases: list[Tensor], addresses: list[int]) -> None:
+    middle = cooperative, dependent, None, None, metadata, None, None, None
+
+    def direct(bases: list[Tensor], addresses: Sequence[int], at: tuple[int, ...] | None = None) -> None:
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook  # None, a function, or a chain of them
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             return through_triton(bases, addresses)
-        at = tuple([base.data_ptr() for base in bases])
+        if at is None:
+            at = tuple([base.data_ptr() for base in bases])
         args = known.get(at)
         if args is None:
             if len(known) >= _MAPS_KEPT:
@@ -219,8 +222,7 @@ def _runner(compiled: Any, of: Launch) -> Callable[[list[Tensor], list[int]], No
             args = known[at] = []
             for address, constant, size in zip(at, fixed, sizes, strict=True):
                 args += (encode(address, *constant), *size)
-        launch(*grid, current_stream(device), function, cooperative, dependent, None, None, metadata, None, None, None,
-               *args, *addresses, *rest)  # fmt: skip
+        launch(*grid, current_stream(device), function, *middle, *args, *addresses, *rest)
         return None
 
     return direct

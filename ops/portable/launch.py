@@ -133,7 +133,7 @@ class Call:
     """What ``repeat`` keeps of a call on these kernels."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, impl: str, spec: Spec):
-        self.impl, self.numbers, self.spec = impl, spec[10:], spec
+        self.kept, self.spec = (impl, (), spec[10:], ()), spec
         self.plan = plan_of(q, k, v, spec, None)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

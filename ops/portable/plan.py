@@ -83,24 +83,13 @@ def _runner(compiled: Any, grid: tuple[int, int, int]) -> Any:
     cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
     current_stream, device = torch._C._cuda_getCurrentRawStream, torch.cuda.current_device()
 
+    middle = cooperative, dependent, None, None, metadata, None, None, None
+
     def direct(*args: Any) -> None:
         enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook  # None, a function, or a chain of them
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             return general(*args)
-        launch(
-            *grid,
-            current_stream(device),
-            function,
-            cooperative,
-            dependent,
-            None,
-            None,
-            metadata,
-            None,
-            None,
-            None,
-            *args,
-        )
+        launch(*grid, current_stream(device), function, *middle, *args)
         return None
 
     return direct

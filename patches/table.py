@@ -13,7 +13,8 @@ from .support import FAMILIES
 
 FILE = Path(__file__).with_name("families.csv")
 MEANING = {
-    "exact": "patched equals stock eager: outputs and gradients, in a generated test with a tiny random config",
+    "exact": "in a generated test with a tiny random config, patched equals stock eager (outputs and gradients, on the"
+    " rows that count), and unpatched gives the bits of a model never patched",
     "refused": "patch_model raises NotImplementedError with the reason",
     "no attention": "nothing to patch, patch_model says so",
     "part": "no model class takes this config: it runs inside another type, which has a row of its own",

@@ -161,6 +161,12 @@ def same_bits(got, expected) -> bool:
     )
 
 
+def finite(result) -> bool:
+    """Whether stock has outputs and gradients for a padding: in float64 some models sum mask values to -inf and NaN."""
+    out, grads = result
+    return all(t.isfinite().all() for t in (*out, *grads.values()))
+
+
 def compare(model: nn.Module, runs) -> tuple[float, list[str]]:
     """Eager against patched over runs and paddings; the worst difference and the names of what was run.
 
@@ -183,7 +189,7 @@ def compare(model: nn.Module, runs) -> tuple[float, list[str]]:
                 if name == "none":
                     raise
                 continue  # it takes no such padding
-            if rows is not None and not expected[0]:
+            if rows is not None and not (expected[0] and finite(expected)):
                 continue
             got = outputs_and_gradients(ours, path, copy.deepcopy(given), rows)
             worst = max(worst, difference(got, expected))
@@ -205,6 +211,8 @@ def rounding(model: nn.Module, runs) -> float:
     for path, inputs in runs:
         for _, given, rows in masks(model.get_submodule(path), inputs):
             expected = outputs_and_gradients(double, path, to_double(given), rows)
+            if rows is not None and not finite(expected):
+                continue
             got = outputs_and_gradients(model, path, copy.deepcopy(given), rows)
             worst = max(worst, difference(got, expected))
     return worst
@@ -255,7 +263,7 @@ def judge(model_type: str, model: nn.Module) -> Verdict:
         if not worst <= 1e-5:
             double = compare(copy.deepcopy(model).double(), [(p, to_double(i)) for p, i in runs])[0]
             # rounding shrinks in float64 (to some 1e-5 where a model upcasts to float32 inside), an error does not
-            if not double <= max(1e-5, worst / 100) and not rounding(model, runs) >= worst / 2:
+            if not double <= max(1e-5, worst / 100) and not worst / 2 <= rounding(model, runs) < float("inf"):
                 reason = f"{worst:.1e} from eager in float32, {double:.1e} in float64"
                 return Verdict(model_type, "wrong", reason, modules, len(reached), " ".join(done))
     except Timeout:

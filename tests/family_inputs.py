@@ -255,6 +255,16 @@ def candidates(model: Any) -> Iterator[dict[str, Any]]:
     if "mask" in names and "hidden_states" in names:
         frames = _random(BATCH, 64, _size(config, "input_size", default=80))
         yield {"hidden_states": frames, "mask": torch.ones(BATCH, 64, dtype=torch.bool)}
+    if "hidden_states" in names and isinstance(getattr(config, "patch_size", None), (list, tuple)):
+        yield {"hidden_states": _images(config)[0]}
+    if "quantized_code" in names:
+        yield {
+            "hidden_states": _random(BATCH, LENGTH * config.repeats, config.mel_dim),
+            "condition_vector": _random(BATCH, LENGTH, config.mel_dim),
+            "speaker_embedding": _random(BATCH, LENGTH * config.repeats, config.enc_emb_dim),
+            "quantized_code": _ids(config),
+            "time_step": torch.tensor(0.5),
+        }
     if "feature_lens" in names:
         bins = _bins(config)
         yield {"input_features": _random(bins, 240), "feature_lens": torch.tensor([200, 40])}
@@ -269,6 +279,8 @@ def candidates(model: Any) -> Iterator[dict[str, Any]]:
         patches = _random(BATCH, 12, 2 + _size(config, "patch_embed_hidden_size", default=768))
         patches[..., :2] = torch.arange(1, 13)[:, None]
         yield {"flattened_patches": patches}
+        if "image_embeds_position_mask" in names:
+            yield from list(_extras(model, {"flattened_patches": patches, "input_ids": _ids(config.text_config)}))[1:]
 
 
 def _required(names: Any) -> set[str]:
@@ -288,7 +300,9 @@ def masks(model: Any, inputs: dict[str, Any]) -> Iterator[tuple[str, dict[str, A
     ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
     if ids is None or "attention_mask" not in names:
         return
-    right, left = torch.ones(2, *ids.shape[:2], dtype=torch.long)
-    right[0, -4:], left[0, :5] = 0, 0
-    yield "right", {**inputs, "attention_mask": right}, right.bool()
-    yield "left", {**inputs, "attention_mask": left}, left.bool()
+    right, left, holes, whole = torch.ones(4, *ids.shape[:2], dtype=torch.long)
+    right[0, -4:], left[0, :5], holes[0, 1::3], whole[0] = 0, 0, 0, 0
+    for name, mask in (("right", right), ("left", left), ("holes", holes), ("whole-row", whole)):
+        if name == "left" and type(model).__name__ == "BltModel":
+            continue  # its patches pool rows of padding into those that count: stock eager and sdpa differ
+        yield name, {**inputs, "attention_mask": mask}, mask.bool()

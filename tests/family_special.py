@@ -14,9 +14,29 @@ VISION_LLAMA = {
     "vision_output_dim": 64,
 }
 SAM = {
-    "vision_config": {"image_size": 64, "output_channels": 64},
+    "vision_config": {"image_size": 64, "output_channels": 64, "num_pos_feats": 32},
     "prompt_encoder_config": {"image_size": 64, "image_embedding_size": 4},
 }
+HIERA = {
+    "hidden_size": 32,
+    "image_size": [64, 64],
+    "blocks_per_stage": [1, 1, 2, 1],
+    "embed_dim_per_stage": [32, 64, 128, 256],
+    "window_positional_embedding_background_size": [4, 4],
+    "window_size_per_stage": [8, 4, 8, 4],
+    "global_attention_blocks": [3],
+}
+SAM2 = {
+    "vision_config": {
+        "backbone_config": HIERA,
+        "backbone_channel_list": [256, 128, 64, 32],
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        "fpn_hidden_size": 64,
+    },
+    "prompt_encoder_config": {"image_size": 64},
+}
+PHI4_AUDIO = {"ext_pw_out_channel": 64, "depthwise_separable_out_channel": 64, "nemo_conv_channels": 64}
+HYBRID = {"LAYERS": 4, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]}
 INSERT = {"insert_layer_id": 1}
 MLLAMA = {"intermediate_layers_indices": [0, 1], "vision_output_dim": 192}
 
@@ -47,7 +67,17 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mllama_vision_model": MLLAMA,
     "mllama": {"vision_config": MLLAMA},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},
-    "mistral4": {"rope_parameters": ROPE},
+    "mistral4": {
+        "qk_nope_head_dim": 8,
+        "rope_parameters": {
+            **ROPE,
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "llama_4_scaling_beta": 0.1,
+            "partial_rotary_factor": 0.5,
+        },
+    },
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": ROPE}}},
     "glm5_next": {"text_config": {"index_kpool": 2}},
     "glm5_next_text": {"index_kpool": 2},
@@ -87,4 +117,17 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layers_block_type": ["mamba", "attention"]},
     "recurrent_gemma": {"LAYERS": 3},
+    "zamba": HYBRID,
+    "zamba2": {**HYBRID, "attention_head_dim": 32, "attention_hidden_size": 128},
+    "sam2": SAM2,
+    "voxtral": {"text_config": {"num_key_value_heads": 2}, "audio_config": {"intermediate_size": 256}},
+    "phi4_multimodal_audio": PHI4_AUDIO,
+    "phi4_multimodal": {"audio_config": PHI4_AUDIO},
+    "kosmos-2.5": {"vision_config": {"patch_embed_hidden_size": 768}},
+    "mamba2": {"num_heads": 8},
+    "blt": {"encoder_hash_byte_group_vocab": 50, "decoder_config": {"hidden_size_global": 64}},
+    "sam3_tracker": {
+        "vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+        "prompt_encoder_config": {"image_size": 56},
+    },
 }

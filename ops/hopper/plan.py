@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..portable.common import APPROXIMATE_CAP, EXACT_CAP, RECIPROCAL_CAP, Features
-from ..portable.plan import Plan, features
+from ..portable.plan import Plan, direct_launch, features, hooked
 from ..spec import Spec
 from ..tuning import Config, tuned
 from .common import GROUP_ROWS, Cut
@@ -179,8 +178,7 @@ _MAPS_KEPT = 256  # sets of addresses whose encoded tensor maps are kept
 def _runner(compiled: Any, of: Launch) -> Callable[..., None]:
     """The compiled kernel as a function of bases, addresses and, where they are known already, the bases' addresses.
 
-    On Triton 3.6 straight to the launcher's C function, with tensor maps that are encoded once for each address; other
-    versions, and profilers that hook launches, go through ``compiled[grid]``.
+    Straight to Triton's C function where that is known, with tensor maps that are encoded once for each address.
     """
     grid, described, rest = of.grid, of.tiles, (*of.numbers, *of.constants)
     general = compiled[grid]
@@ -188,30 +186,27 @@ def _runner(compiled: Any, of: Launch) -> Callable[..., None]:
     def through_triton(bases: list[Tensor], addresses: Sequence[int], at: tuple[int, ...] | None = None) -> None:
         general(*[t.of(x) for t, x in zip(described, bases, strict=True)], *addresses, *rest)
 
-    launcher = compiled.run
-    launch = _c_function(launcher)
+    found = direct_launch(compiled)
+    launch = None if found is None else _without_descriptors(found.launch)
     metas = getattr(compiled.metadata, "tensordesc_meta", None)
-    if launch is None or launcher.global_scratch_size or not metas or len(metas) != len(described):
+    if found is None or launch is None or not metas or len(metas) != len(described):
         return through_triton
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
     from triton.runtime import driver
 
-    encode = driver.active.utils.fill_tma_descriptor
+    utils = driver.active.utils
+    encode = getattr(utils, "fill_tma_descriptor_tiled", None) or utils.fill_tma_descriptor  # of 3.6
     fixed = [
         (m["swizzle"], m["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[m["elem_type"]], m["block_size"], t.shape, t.strides, 0)
         for m, t in zip(metas, described, strict=True)
     ]
     sizes = [(*t.shape, *t.strides) for t in described]
     known: dict[tuple[int, ...], list[Any]] = {}  # by the addresses of all bases
-    function, metadata, runtime = compiled.function, compiled.packed_metadata, triton.knobs.runtime
-    cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
+    function, middle, flat = compiled.function, found.middle, found.flat
     current_stream, device = torch._C._cuda_getCurrentRawStream, torch.cuda.current_device()
 
-    middle = cooperative, dependent, None, None, metadata, None, None, None
-
     def direct(bases: list[Tensor], addresses: Sequence[int], at: tuple[int, ...] | None = None) -> None:
-        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook  # None, a function, or a chain of them
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        if hooked():
             return through_triton(bases, addresses)
         if at is None:
             at = tuple([base.data_ptr() for base in bases])
@@ -222,16 +217,18 @@ def _runner(compiled: Any, of: Launch) -> Callable[..., None]:
             args = known[at] = []
             for address, constant, size in zip(at, fixed, sizes, strict=True):
                 args += (encode(address, *constant), *size)
-        launch(*grid, current_stream(device), function, *middle, *args, *addresses, *rest)
+        if flat:
+            launch(*grid, current_stream(device), function, *middle, *args, *addresses, *rest)
+        else:
+            launch(*grid, current_stream(device), function, *middle, (*args, *addresses, *rest))
         return None
 
     return direct
 
 
-def _c_function(launcher: Any) -> Any:
-    """The C function that Triton 3.6 wraps in one that encodes tensor descriptors; None where that looks different."""
-    launch: Any = getattr(launcher, "launch", None)
-    if not triton.__version__.startswith("3.6.") or torch.version.hip or not hasattr(launch, "__closure__"):
+def _without_descriptors(launch: Any) -> Any:
+    """The C function that Triton wraps in one that encodes tensor descriptors; None where that looks different."""
+    if not hasattr(launch, "__closure__"):
         return None
     held = dict(zip(launch.__code__.co_freevars, launch.__closure__ or (), strict=True))
     return held["launcher"].cell_contents if "launcher" in held else None

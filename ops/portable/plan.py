@@ -7,7 +7,7 @@ a model, every step of a training run) costs a dictionary look-up and the launch
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,6 +23,7 @@ from .forward import attn_fwd_kernel
 INTERPRETED = isinstance(attn_fwd_kernel, InterpretedFunction)  # kernels run in Triton's interpreter, on CPU tensors
 TMA_MIN_KEYS = 512  # below, building two descriptors costs more host time than they save
 FLAGS = Features._fields[Features._fields.index("CAUSAL") : Features._fields.index("TMA")]
+_RUNTIME = triton.knobs.runtime
 _LARGE = 1 << 30
 _PLANS_KEPT = 1024
 
@@ -67,29 +68,55 @@ class Launch:
             self.runner = _runner(compiled, self.grid)
 
 
-def _runner(compiled: Any, grid: tuple[int, int, int]) -> Any:
-    """The compiled kernel as a function of its arguments.
+class Direct(NamedTuple):
+    """Triton's launch of a compiled kernel, below the Python that is around it in ``compiled[grid]``."""
 
-    On triton 3.6 the launcher's C function can be called directly, which saves 5 us of Python around it; it needs
-    scratch memory for some kernels, none of ours. Other versions, and profilers that hook launches, go through
-    ``compiled[grid]``.
-    """
-    general = compiled[grid]
-    launcher = compiled.run
-    launch = getattr(launcher, "launch", None)
-    if not triton.__version__.startswith("3.6.") or torch.version.hip or launch is None or launcher.global_scratch_size:
+    launch: Any  # of (*grid, stream, function, *middle) and the kernel's arguments
+    middle: tuple[Any, ...]
+    flat: bool  # whether it takes the kernel's arguments one by one, not as a sequence
+
+
+def direct_launch(compiled: Any) -> Direct | None:
+    """How triton 3.6 to 3.9 launch on NVIDIA GPUs; None elsewhere, and for kernels that need scratch memory."""
+    version, launcher = triton.__version__, compiled.run
+    if (
+        compiled.metadata.target.backend != "cuda"
+        or not version.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
+        or launcher.global_scratch_size
+        or launcher.profile_scratch_size
+        or getattr(launcher, "gsan_enabled", False)  # a sanitizer that adds arguments
+    ):
+        return None
+    flags, metadata = (launcher.launch_cooperative_grid, launcher.launch_pdl), compiled.packed_metadata
+    no_hooks, no_scratch = (None,) * 3, (None,) * 2
+    if version.startswith("3.6."):
+        return Direct(launcher.launch, (*flags, *no_scratch, metadata, *no_hooks), True)
+    arguments = launcher.arg_annotations, launcher.kernel_signature
+    return Direct(launcher.launch, (*flags, metadata, *no_hooks, *no_scratch, *arguments), False)
+
+
+def hooked() -> bool:
+    """Whether a profiler watches launches: then these go through ``compiled[grid]``."""
+    enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook  # None, a function, or a chain of them
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def _runner(compiled: Any, grid: tuple[int, int, int]) -> Any:
+    """The compiled kernel as a function of its arguments; a direct launch saves 5 us of Python."""
+    general, found = compiled[grid], direct_launch(compiled)
+    if found is None:
         return general
-    function, metadata, runtime = compiled.function, compiled.packed_metadata, triton.knobs.runtime
-    cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
+    launch, middle, flat = found
+    function = compiled.function
     current_stream, device = torch._C._cuda_getCurrentRawStream, torch.cuda.current_device()
 
-    middle = cooperative, dependent, None, None, metadata, None, None, None
-
     def direct(*args: Any) -> None:
-        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook  # None, a function, or a chain of them
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        if hooked():
             return general(*args)
-        launch(*grid, current_stream(device), function, *middle, *args)
+        if flat:
+            launch(*grid, current_stream(device), function, *middle, *args)
+        else:
+            launch(*grid, current_stream(device), function, *middle, args)
         return None
 
     return direct

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging as transformers_logging
 
 from hf_flash_mc import MegaContextConfig, attach_megacontext
+from hf_flash_mc.measure.run import check_device
 
 QUESTION = "What does the with statement do?"
 
@@ -61,6 +62,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def load(options: argparse.Namespace) -> tuple[Any, Any]:
     """Tokenizer and model."""
+    check_device(options.device)
     folder = options.model
     if folder is None:
         from smollm2 import smollm2_folder

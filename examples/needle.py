@@ -93,6 +93,7 @@ class Found:
             held = json.loads(self.part.read_text())
             if held["options"] == self.about["options"] and held["run"]["commit"] == run["commit"]:
                 self.results = held["results"]
+                print(f"going on from {self.part}: {len(self.results)} needles", flush=True)
 
     @property
     def part(self) -> Path:
@@ -130,7 +131,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", help="JSON file for every answer")
     parser.add_argument("--plot", help="picture of the table")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in ("lengths", "per_cell", "window", "rounds", "edits", "digits"):
+        if min([given] if isinstance(given := getattr(options, name), int) else given) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {given}")
+    return options
 
 
 def one_history(

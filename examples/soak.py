@@ -74,11 +74,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=256, help="tokens of one forward (default 256)")
     parser.add_argument("--lens", default="recall", choices=["recall", "gist_mass", "recency", "random"])
     parser.add_argument("--refocus", action="store_true", help="refocus after every chunk, too")
-    parser.add_argument("--folder", help="where the history is written (default: a temporary folder)")
+    parser.add_argument("--folder", help="where the history is written, 23 KB a token (default: a temporary folder)")
     parser.add_argument("--out", help="JSON file for the measurements")
     parser.add_argument("--plot", help="picture of the measurements")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in ("tokens", "every", "window", "chunk"):
+        if (given := getattr(options, name)) is not None and given < 1:
+            parser.error(f"--{name}: expected at least 1, got {given}")
+    return options
 
 
 def stream(session: Any, text: torch.Tensor, options: argparse.Namespace) -> list[dict[str, float]]:
@@ -104,8 +108,17 @@ def stream(session: Any, text: torch.Tensor, options: argparse.Namespace) -> lis
                 "swap_rate": report["swap_rate"],
             }
         )
-        print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
+        print(describe(rows[-1]), flush=True)
     return rows
+
+
+def describe(row: dict[str, float]) -> str:
+    """A measurement as a line."""
+    device = f"{row['device_mib']:.0f} MiB on the GPU, " if row["device_mib"] else ""
+    return (
+        f"{row['tokens']:,} tokens in {row['slots']} slots: {device}{row['host_mib']:.0f} MiB on the host, "
+        f"{row['tokens_per_second']:.0f} tokens/s, swap rate {row['swap_rate']:.2f}"
+    )
 
 
 def own_memory() -> float:

@@ -255,3 +255,47 @@ def test_windows_do_not_overlap() -> None:
     assert bool((found.diff(dim=1) == 1).all())
     with pytest.raises(ValueError, match="at most 13"):
         evaluation.sample_windows(documents, 10, 14)
+
+
+WRONG = [
+    (("--windows", "0"), "windows: expected at least 1, got 0"),
+    (("--expansions", "4", "-1"), "expansions: expected at least 1, got [4, -1]"),
+    (("--context", "100", "--windows", "1"), "context: expected at least 160 tokens"),
+    (("--tokens", "x"), "text, tokens: expected one of them"),
+    (("--device", "tpu"), "device: expected cpu or cuda, got 'tpu'"),
+    (("--dtype", "float7"), "invalid choice: 'float7'"),
+    (("--model", "no/such/folder"), "no/such/folder"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), WRONG, ids=lambda x: "_".join(x) if isinstance(x, tuple) else "")
+def test_wrong_arguments_are_named(more: tuple[str, ...], message: str, tiny_model: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from hf_flash_mc.cli.app import app
+
+    arguments = ["evaluate", "--model", str(tiny_model), "--text", str(tmp_path), "--device", "cpu", *more]
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_a_file_that_is_no_tokens_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_text("some text")
+    with pytest.raises(ValueError, match=r"a\.npy: expected a \.npy file of tokens"):
+        evaluation.main(["--model", "none", "--tokens", str(tmp_path / "a.npy")])
+
+
+def test_the_picture_compares_within_the_first_ratio_at_most_expansions(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from hf_flash_mc.megacontext.plots import plot_quality
+
+    names = ["drop", "gists", "recency x1", "recency x12", "trained gists", "trained lens x12"]
+    states = ["whole", *(ratio + name for ratio in ("8:1 ", "32:1 ") for name in names)]
+    rows = [{name: [1.0 + i + j] * 64 for i, name in enumerate(states)} for j in range(3)]
+    figure = plot_quality(summarise(rows), rows, tmp_path / "a.png")
+    shares, curves = figure.axes
+    assert "drop" not in " ".join(label.get_text() for label in shares.get_yticklabels())
+    drawn = [line.get_label() for line in curves.lines if not line.get_label().startswith("_")]
+    assert drawn == ["8:1 drop", "8:1 gists", "8:1 recency x12", "8:1 trained gists", "8:1 trained lens x12"]

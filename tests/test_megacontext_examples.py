@@ -70,6 +70,23 @@ def test_a_history_too_short_for_its_needles_is_refused(tiny_model: Path, tmp_pa
         script("needle").main([*needle_arguments(tiny_model, tmp_path), "--lengths", "200"])
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("needle", ["--lengths", "4096", "0"], "--lengths: expected at least 1, got [4096, 0]"),
+        ("needle", ["--per-cell", "0"], "--per-cell: expected at least 1, got 0"),
+        ("soak", ["--every", "0"], "--every: expected at least 1, got 0"),
+        ("soak", ["--tokens", "-5"], "--tokens: expected at least 1, got -5"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    name: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        script(name).main(arguments)
+    assert message in capsys.readouterr().err
+
+
 def test_needles_by_length_and_depth() -> None:
     results = [{"length": 10, "depth": d, "a": d > 0, "b": False} for d in (0, 1, 1, 2)]
     assert needle_table(results, ["a", "b"]).splitlines()[2] == "| 10 | 4 | 75% (0% 100% 100%) | 0% (0% 0% 0%) |"

@@ -74,7 +74,7 @@ def evaluate(context: typer.Context) -> None:
 
     try:
         quality.main(context.args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # OSError: transformers' for a model that it does not find
         raise fail("evaluate", error) from None
 
 

@@ -138,27 +138,34 @@ def evaluate(model: Any, windows: Tensor, **setting: Any) -> list[Row]:
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     options = parse_arguments(arguments)
+    for path in (options.out, options.plot, options.save_tokens):
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
     windows = _windows(options)
     if options.save_tokens:
         np.save(options.save_tokens, windows.numpy().astype(np.uint16 if windows.max() < 2**16 else np.int32))
         return
+    plan, about = settings(options), {k: v for k, v in vars(options).items() if k not in ("out", "plot")}
     from transformers import AutoModelForCausalLM
+
+    from hf_flash_mc.measure.record import commit
 
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     model = model.to(options.device).eval()
     start = time.perf_counter()
-    plan, about = settings(options), {k: v for k, v in vars(options).items() if k not in ("out", "plot")}
     out = None if options.out is None else Path(options.out)
-    run = Run(windows, None if out is None else out.with_name(out.name + ".part"), about)
+    run = Run(windows, None if out is None else out.with_name(out.name + ".part"), about | {"commit": commit()})
+    if run.parts:
+        print(f"going on from {run.path}", flush=True)
 
     def report(name: str, done: int) -> None:
         if done % 8 == 0 or done == len(windows):
             print(f"[{time.perf_counter() - start:.0f} s] {name}: {done} of {len(windows)} windows", flush=True)
-        if done == len(windows):
-            print(table_of(summarise(run.rows()), run.slots), flush=True)
 
     missing = []
-    for name, setting in plan.items():
+    for i, (name, setting) in enumerate(plan.items()):
+        if i:
+            print(table_of(summarise(run.rows()), run.slots), flush=True)
         run.measure(model, name, setting, report)
     reason = peers.why_not(model)
     if reason is not None:
@@ -190,25 +197,46 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", help="folder or file of text")
     parser.add_argument("--tokens", help="instead of --text: a file of prepare_tokens.py, or windows saved before")
     parser.add_argument("--save-tokens", help="write the windows there and stop")
-    parser.add_argument("--windows", type=int, default=200)
-    parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--tail", type=int, default=64)
+    parser.add_argument("--windows", type=int, default=200, help="how many (default 200)")
+    parser.add_argument("--context", type=int, default=2048, help="tokens of a window (default 2048)")
+    parser.add_argument("--tail", type=int, default=64, help="last tokens that stay tokens (default 64)")
     parser.add_argument("--block", type=int, nargs="+", default=[32], help="tokens of a gist; several: each ratio")
     parser.add_argument("--expansions", type=int, nargs="+", default=[4], help="gists that a lens expands")
     parser.add_argument("--oracle", action="store_true", help="also the best by measured utility (slow: a run a gist)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--out", help="JSON file for each window's losses, table, and where and how they were measured")
     parser.add_argument("--plot", help="PNG file of the table")
     parser.add_argument("--heads", nargs="+", default=[], help="folders of trained heads, each for further rows")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    check_options(options)
+    return options
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """ValueError for what would measure nothing."""
+    from hf_flash_mc.measure.run import check_device
+
+    for name in ("windows", "tail", "expansions"):
+        given = getattr(options, name)
+        if np.min(given) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {given}")
+    if bool(options.text) == bool(options.tokens):
+        raise ValueError("text, tokens: expected one of them")
+    check_device(options.device)
 
 
 def settings(options: argparse.Namespace) -> dict[str, Setting]:
     """Every pass over the windows, by name: untrained gists of each ratio, then the trained heads."""
     from .states import heads_config
 
+    least = Setting.sink + options.tail + 2 * max(options.block)
+    if options.context < least:
+        raise ValueError(
+            f"context: expected at least {least} tokens ({Setting.sink} first and {options.tail} last ones, and two "
+            f"gists of {max(options.block)}), got {options.context}"
+        )
     names = [Path(folder).name for folder in options.heads]
     if len({*names}) < len(names):
         raise ValueError(f"heads: expected folders of different names, by which rows are called, got {names}")
@@ -246,17 +274,15 @@ def describe(options: argparse.Namespace, arguments: list[str] | None, count: in
 def _windows(options: argparse.Namespace) -> Tensor:
     length = options.context + TARGETS
     if options.tokens:
-        tokens = np.load(options.tokens, mmap_mode="r")
-        if tokens.ndim == 1:
-            from .training import Windows
+        from .training import Windows, load_array
 
+        tokens = load_array(options.tokens)
+        if tokens.ndim == 1:
             return Windows(options.tokens, length=length).apart(options.windows, options.seed)
         held = torch.from_numpy(tokens.astype(np.int64))
         if held.dim() != 2 or held.shape[1] != length or len(held) < options.windows:
-            raise SystemExit(f"--tokens: expected [{options.windows} or more, {length}], got {list(held.shape)}")
+            raise ValueError(f"tokens: expected [{options.windows} or more, {length}], got {list(held.shape)}")
         return held[: options.windows]
-    if not options.text:
-        raise SystemExit("--text or --tokens: one of them is needed")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .quality import JUDGED, Comparison, Row
+from .quality import JUDGED, Comparison, Row, split_name
 
 if TYPE_CHECKING:
     from .session import MegaContextSession
@@ -64,15 +64,16 @@ def plot_needles(table: dict[str, list[tuple[int, float, float]]], path: str | P
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, rows in table.items():
+    for i, (name, rows) in enumerate(table.items()):
         tokens, recall, error = (np.array(column) for column in zip(*rows, strict=True))
+        tokens = tokens * 2 ** (0.04 * (i - (len(table) - 1) / 2))  # side by side, or equal ones would hide each other
         top = name == ceiling  # a larger, hollow mark, so that what reaches it does not hide it
         style: dict[str, Any] = {"ls": "--", "ms": 11, "mfc": "none"} if top else {"ls": "-", "ms": 6}
         axes.errorbar(tokens, recall, error, marker="o", label=name, capsize=3, **style)
     axes.set_xscale("log", base=2)
     lengths = sorted({row[0] for rows in table.values() for row in rows})
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.set(xlabel="tokens of history", ylabel="needles found", ylim=(-0.03, 1.03))
+    axes.set(xlabel="tokens of history", ylabel="share of needles found (± standard error)", ylim=(-0.03, 1.03))
     figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(path, dpi=120)
     return figure
@@ -85,12 +86,13 @@ def plot_soak(rows: list[dict[str, float]], path: str | Path) -> Any:
     figure = Figure(figsize=(8, 6), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)
     tokens = [row["tokens"] for row in rows]
-    for name in ("device_mib", "host_mib"):
+    names = ["device_mib", "host_mib"] if any(row["device_mib"] for row in rows) else ["host_mib"]
+    for name in names:
         panels[0].plot(tokens, [row[name] for row in rows], label=name.removesuffix("_mib"))
     panels[0].legend(fontsize="small")
     for panel, name in zip(panels[1:], ("tokens_per_second", "swap_rate"), strict=True):
         panel.plot(tokens, [row[name] for row in rows])
-    for panel, label in zip(panels, ("memory, MiB", "tokens per second", "swap rate"), strict=True):
+    for panel, label in zip(panels, ("memory, MiB", "tokens per second", "swap rate,\nshare of slots"), strict=True):
         panel.set_ylabel(label)
         panel.set_ylim(bottom=0)
     panels[-1].set_xlabel("tokens of history")
@@ -99,12 +101,16 @@ def plot_soak(rows: list[dict[str, float]], path: str | Path) -> Any:
 
 
 def plot_quality(lines: Sequence[Comparison], rows: Sequence[Row], path: str | Path) -> Any:
-    """What `evaluate` found: R of every state with its 95 % interval, and the first ones' cost by target."""
+    """What `evaluate` found: R of every state with its 95 % interval, and cost by target.
+
+    By target: states of the first ratio with the most expansions.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, max(4.0, 0.28 * len(lines))), layout="constrained")
     shares, curves = figure.subplots(1, 2, width_ratios=(1, 1.2))
-    shown = [line for line in lines if line.name != "drop"][::-1]
+    names = [split_name(line.name) for line in lines]
+    shown = [line for line, (_, state, _) in zip(lines, names, strict=True) if state != "drop"][::-1]
     middle = np.array([line.recovered for line in shown])
     ends = np.array([[line.low for line in shown], [line.high for line in shown]])
     reach = np.abs(ends - middle)
@@ -113,7 +119,9 @@ def plot_quality(lines: Sequence[Comparison], rows: Sequence[Row], path: str | P
     shares.axvline(0, color="0.6", lw=0.8, zorder=0)
     shares.set(xlabel="share of the cost of dropping that is recovered, % (95 %)", xlim=(-50, 105))
     whole = np.array([row["whole"] for row in rows])
-    for line in lines[:8]:  # more lines would not be told apart
+    most = max((x for _, _, x in names), key=lambda x: int(x[2:] or 0))  # expansions
+    drawn = [line for line, (r, _, x) in zip(lines, names, strict=True) if r == names[0][0] and x in ("", most)]
+    for line in drawn[:10]:  # more lines would not be told apart
         cost = np.array([row[line.name] for row in rows]) - whole  # [n, targets]
         block = 8 if cost.shape[1] % 8 == 0 else 1
         mean = cost.mean(0).reshape(-1, block).mean(1)

@@ -65,10 +65,20 @@ class Windows:
 
 def _read_tokens(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of a file, and where its documents begin."""
-    tokens, starts = np.load(path, mmap_mode="r"), np.load(starts_path(path))
+    tokens, starts = load_array(path), load_array(starts_path(path))
     if tokens.ndim != 1 or starts.ndim != 1 or (np.diff(np.append(starts, len(tokens))) < 0).any():
         raise ValueError(f"{path}: expected token ids [n] and rising starts, got {tokens.shape}")
     return tokens, starts
+
+
+def load_array(path: str | Path) -> np.ndarray:
+    """A file of numpy's, not read into memory. ValueError for what is none."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path}: expected a .npy file of tokens (examples/prepare_tokens.py), got {error}") from None
 
 
 def starts_path(path: Path) -> Path:

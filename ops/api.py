@@ -78,6 +78,8 @@ def flash_attention(
     """
     compiling = torch.compiler.is_compiling()
     kind = q.device.type if isinstance(q, Tensor) else ""
+    if not compiling and _autocast(kind):
+        q, k, v = library.autocast_qkv(kind, q, k, v)
     signature: tuple[Any, ...] = ()
     if (
         not compiling
@@ -92,8 +94,6 @@ def flash_attention(
             return (out, lse) if return_lse else out
     if impl == "auto":
         impl = _AUTO.get(kind, "auto")
-    if not compiling and _autocast(kind):
-        q, k, v = library.autocast_qkv(kind, q, k, v)
     left, right = (-1, -1) if window is None else _window(window)
     cap = 0.0 if softcap is None else _softcap(softcap)
     seed = _seed(dropout_seed, q) if dropout_p else None

@@ -356,9 +356,12 @@ def keep(signature: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, impl: str,
 
 
 def may_repeat(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether an eager call may take the short way, if it was made before."""
+    """Whether an eager call may take the short way, if it was made before.
+
+    Under autocast too: there is no arithmetic on that way, and q, k and v were cast.
+    """
     return (
-        nobody_watches(q, k, v)
+        _plain(q, k, v)
         and F.scaled_dot_product_attention is _SDPA
         and not torch._C._are_functorch_transforms_active()
         and _forward_ad_level() < 0
@@ -399,13 +402,12 @@ def nobody_watches(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
     Under autocast the op is what keeps the back end's own arithmetic out of it.
     """
+    return _plain(q, k, v) and not torch._C._is_any_autocast_enabled() and not q.is_meta
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
-        type(q) in _PLAIN
-        and type(k) in _PLAIN
-        and type(v) in _PLAIN
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._is_any_autocast_enabled()
-        and not q.is_meta
+        type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not torch._C._len_torch_dispatch_stack()
     )
 
 

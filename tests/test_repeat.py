@@ -172,11 +172,24 @@ def test_a_mode_still_sees_the_op() -> None:
     assert any("attn_bwd" in name for name in watch.seen)
 
 
-def test_autocast_and_functorch_go_the_long_way() -> None:
+def test_autocast_casts_first() -> None:
+    qkv = inputs()
+    wide = [x.detach().float().requires_grad_() for x in qkv]
+    flash_attention(*qkv, impl="triton")
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        first = run(wide)
+        assert is_short(wide)
+        second = run(wide)
+        cast = flash_attention(*qkv, impl="triton")
+    assert first[0].dtype == torch.float16
+    assert first[2].dtype == torch.float32
+    assert same(first, second)
+    assert cast.dtype == torch.float16
+
+
+def test_functorch_goes_the_long_way() -> None:
     qkv = inputs()
     expected = run(qkv)
-    with torch.autocast(DEVICE, dtype=torch.float16):
-        assert flash_attention(*qkv, impl="triton").dtype == torch.float16
     grads = torch.func.grad(
         lambda *qkv: flash_attention(*qkv, impl="triton").float().square().sum(), argnums=(0, 1, 2)
     )(*[x.detach() for x in qkv])

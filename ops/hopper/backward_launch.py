@@ -22,7 +22,7 @@ from .backward_rows import (
     attn_bwd_hopper_rows,
 )
 from .backward_tiles import Schedule
-from .plan import Launch, cap_form, heads_together, padded, strided, tiles, tma_problem
+from .plan import Launch, cap_form, padded, strided, tiles, tma_problem
 from .untimed import taken
 
 HEAD_DIMS = (40, 256)  # below, padding to 64 wastes more than the fused form saves
@@ -210,11 +210,8 @@ class _Steps:
             _parts(grid, walk, _multiprocessors(q.device)) if schedule.SPLIT is None else 1 + 2 * schedule.SPLIT
         )
         schedule = schedule._replace(SPLIT=self.parts > 1)
-        per_head = plan.max_q * (plan.hq // plan.hkv) * (6 * plan.d + 2 * plan.dv)  # bytes of q, dout and dQ's sums
-        heads, together = self.parts * grid // count, taken("heads together", named)
-        section = heads_together(f, heads, count, per_head) if together else 1
         numbers = (*seen_strides, *self.key_plans.strides, *plan.other_strides[-3:], *plan.numbers()[-7:], count,
-                   all_units, *plan.tail, self.parts, section, plan.d, plan.dv, plan.max_q, plan.max_k)  # fmt: skip
+                   all_units, *plan.tail, self.parts, plan.d, plan.dv, plan.max_q, plan.max_k)  # fmt: skip
         constants = (f._replace(D=width, DV=width_v), schedule)
         self.main = Launch(attn_bwd_hopper_kernel, grid * self.parts, described, numbers, constants)
 

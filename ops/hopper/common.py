@@ -62,15 +62,6 @@ def tile_hull(ranges_ptr, stride_rm, row0, sq, sk, window_left, window_right, RO
 
 
 @gluon.jit
-def longest_first(t, tiles, heads, section):
-    """The t-th piece of work as (tile, head): ``section`` heads together, their first tiles, their second ones, ..."""
-    start = t // (section * tiles) * section
-    together = gl.minimum(section, heads - start)
-    at = t % (section * tiles)
-    return at // together, start + at % together
-
-
-@gluon.jit
 def pack_record(values):
     """Up to 16 scalars as one tensor [16], for one warp."""
     at = gl.arange(0, 16, layout=gl.BlockedLayout([1], [32], [1], [0]))

@@ -176,6 +176,13 @@ def test_ranking_of_lenses_that_know() -> None:
     found = ranking(task, measured, {"knows": knows, "wrong": wrong}, 4)
     assert torch.allclose(found["knows"], gains.topk(4, 1).values.sum(1).double(), atol=1e-6)
     assert torch.allclose(found["wrong"], -(-gains).topk(4, 1).values.sum(1).double(), atol=1e-6)
+    assert torch.allclose(found["random"], 4 * gains.mean(1).double(), atol=1e-6)
+    both = task_of()
+    mixed_edits = both.measure(windows(3), levels, both.draw_edits(levels, None))  # collapses to level 2, too
+    assert (mixed_edits.edits.kind < 0).any()
+    everything = ranking(both, mixed_edits, {"knows": knows}, 99)
+    assert torch.allclose(everything["knows"], gains.sum(1).double(), atol=1e-5)
+    assert torch.allclose(everything["random"], everything["oracle"], atol=1e-6)
     assert (found["wrong"] <= found["random"]).all()
     assert (found["oracle"] <= found["knows"]).all()
 

@@ -343,9 +343,9 @@ def ranking(task: LensTask, measured: Measured, lenses: dict[str, Lens], count: 
         for name, lens in lenses.items():
             chosen[name] = task.edit_scores(lens.score(measured.entries), measured)
     legal = (measured.edits.kind > 0).to(gains.device)
-    found = {}
+    gains, found = gains * legal, {}  # where a window has fewer expansions than count, all of them are made
     for name, scores in chosen.items():
         best = scores.masked_fill(~legal, -torch.inf).topk(min(count, scores.shape[1]), 1).indices
         found[name] = gains.gather(1, best).sum(1)
-    found["random"] = (gains * legal).sum(1) / legal.sum(1) * count
+    found["random"] = gains.sum(1) * (count / legal.sum(1)).clamp(max=1)
     return {name: x.double().cpu() for name, x in found.items()}

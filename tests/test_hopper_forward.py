@@ -165,7 +165,8 @@ def test_emulator_notices(old: str, new: str, tmp_path: Path, monkeypatch: pytes
 
 VARIANTS = ("128-causal-512", "128-ranges-512", "128-dropout-512")
 # spill stores beyond 0: of the producer warp, which waits most of its time
-SPILLS = {("128-ranges-512", "3.6"): 16, ("128-ranges-512", "3.9"): 14}
+SPILLS = {("128-ranges-512", "3.6"): 16, ("128-ranges-512", "3.9"): 14,
+          ("128-dropout-512", "3.6"): 6, ("128-dropout-512", "3.9"): 53}  # yet faster than half the tile, by 8 % on 3.6
 
 
 def test_compiles_within_limits_and_overlaps() -> None:
@@ -181,11 +182,10 @@ def test_compiles_within_limits_and_overlaps() -> None:
         assert costs["shared"] <= 232448, costs
         assert costs["unset"] == 0, costs
         assert len(costs["loops"]) == 2, costs  # one for each warpgroup
-        dropout = "dropout" in costs["variant"]  # whose tile is half as wide
-        assert costs["multiplies"] <= 150, costs  # a call of the generator for each element took 367
+        assert costs["multiplies"] <= 190, costs  # of dropout; a call of the generator for each element took twice that
         for products, between, after in costs["loops"]:
-            assert products == (12 if dropout else 16), costs
-            assert between >= (32 if dropout else 64), costs
+            assert products == 16, costs
+            assert between >= 64, costs
             assert after == 0, costs
         # ours are 4 to 15; a compiler that took one of them would make warps wait for the wrong thing
         assert {n for n in costs["barriers"] if n >= 4} == {12, 13, 15}, costs
@@ -251,17 +251,17 @@ def test_auto_takes_what_is_faster(sizes: tuple[int, int, int], chosen: str, wor
 
 def test_auto_leaves_what_no_gpu_has_timed() -> None:
     """And says so; naming the back end takes it."""
-    inputs = make_inputs(Case(**BF16, varlen=((70, 130), (130, 70))))
-    call = (inputs.q, inputs.k, inputs.v, inputs.spec, inputs.varlen)
-    plan.forget()
-    with mock.patch.object(launch, "EMULATED", True):
-        assert "packed backward" in "".join(launch.notes(*call, False))
-        assert launch.notes(*call, True) == []
-        with mock.patch.dict(untimed.AUTO_TAKES, {"packed backward": True}):
+    packed = make_inputs(Case(**BF16, varlen=((70, 130), (130, 70))))
+    wide = make_inputs(Case(**{**BF16, "D": 256}, Sq=70, Sk=70))
+    none, every = (dict.fromkeys(untimed.AUTO_TAKES, taken) for taken in (False, True))
+    for inputs, form in ((packed, "packed backward"), (wide, "backward of wide heads")):
+        call = (inputs.q, inputs.k, inputs.v, inputs.spec, inputs.varlen)
+        plan.forget()
+        with mock.patch.object(launch, "EMULATED", True):
+            with mock.patch.dict(untimed.AUTO_TAKES, none):
+                assert form in "".join(launch.notes(*call, False))
+                assert launch.notes(*call, True) == []
             plan.forget()
-            assert launch.notes(*call, False) == []
-        wide = make_inputs(Case(**{**BF16, "D": 256}, Sq=70, Sk=70))
-        call = (wide.q, wide.k, wide.v, wide.spec, None)
-        assert "backward of wide heads" in "".join(launch.notes(*call, False))
-        assert launch.notes(*call, True) == []
+            with mock.patch.dict(untimed.AUTO_TAKES, every):
+                assert launch.notes(*call, False) == []
     plan.forget()

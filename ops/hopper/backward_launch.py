@@ -227,33 +227,34 @@ class _Steps:
 
         self.bare = self.parts == 1 and not (plan.packed or self.sanitize or self.weighed or f.HAS_RANGES or f.HAS_SINKS
                                              or f.HAS_ALIBI or f.HAS_DROPOUT)  # fmt: skip
-        sums = math.prod(self.total_layout[0])  # a multiple of 8, so rows behind them are aligned
-        self.sums_layout = (sums + math.prod(self.units_shape) * self.row_values,), (1,)
-        self.rows_from = sums * 4  # bytes
+        self.rows_layout = (math.prod(self.units_shape) * self.row_values,), (1,)
 
     def run_bare(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor | None, ...] | None:
+    ) -> tuple[Tensor, ...] | None:
         """``run`` where nothing but q, k, v and dout is read; None for unaligned tensors.
 
         In a small call every microsecond of the host counts: each address is asked for once.
         """
-        first, main, last = self.rows, self.main, self.round
-        if first.runner is None or main.runner is None or last.runner is None:
-            return self.run(dout, None, q, k, v, out, lse, Spec(), ALL, None)[:3]
         plan = self.plan
-        sums = new_strided(lse, self.sums_layout)  # dQ's, and behind them what rows bring
+        rows, total = new_strided(lse, self.rows_layout), new_strided(lse, self.total_layout)
         dq, dk, dv = new_strided(q, plan.q_layout), new_strided(k, plan.k_layout), new_strided(v, plan.v_layout)
-        tensors = [q, k, v, dout, q, dout, sums, dk, dv]
+        first, main, last = self.rows, self.main, self.round
+        tensors = [q, k, v, dout, q, dout, total, dk, dv]
         at = tuple([x.data_ptr() for x in tensors])
-        q_at, k_at, v_at, dout_at, _, _, sums_at, *_ = at
-        out_at, lse_at, rows_at = out.data_ptr(), lse.data_ptr(), sums_at + self.rows_from
+        q_at, k_at, v_at, dout_at, _, _, total_at, *_ = at
+        out_at, lse_at, rows_at = out.data_ptr(), lse.data_ptr(), rows.data_ptr()
         if (q_at | k_at | v_at | dout_at | out_at | lse_at) & 15:  # new memory is aligned
             return None
-        first.runner(out_at, dout_at, q_at, lse_at, 0, 0, 0, rows_at, 0, q_at, dout_at, sums_at, 0, 0,
+        if first.runner is None or main.runner is None or last.runner is None:
+            first([out, dout, q, lse, None, None, None, rows, None, q, dout, total, None, None])
+            main(tensors, [rows, *(None,) * len(_ABSENT)])
+            last([total, dq])
+            return dq, dk, dv
+        first.runner(out_at, dout_at, q_at, lse_at, 0, 0, 0, rows_at, 0, q_at, dout_at, total_at, 0, 0,
                      *first.numbers, *first.constants)  # fmt: skip
         main.runner(tensors, (rows_at, *_ABSENT), at)
-        last.runner(sums_at, dq.data_ptr(), *last.numbers, *last.constants)
+        last.runner(total_at, dq.data_ptr(), *last.numbers, *last.constants)
         return dq, dk, dv
 
     def clean(self, x: Tensor, which: int) -> Tensor:

@@ -54,7 +54,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     longest = getattr(model.config, "max_position_embeddings", None) or options.length
     if options.length > longest:
         raise ValueError(f"--length: the model has {longest} positions, got {options.length}")
-    train, held_out = (pack(part, options.length) for part in read_documents(options.data, tokenizer))
+    documents = zip(read_documents(options.data, tokenizer), ("training text", "held-out text"), strict=True)
+    train, held_out = (pack(part, options.length, name) for part, name in documents)
     model = make_trainable(model, options, accelerator.distributed_type == DistributedType.NO)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, options.lr, weight_decay=options.weight_decay)
@@ -96,9 +97,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     least = {"length": 2, "warmup": 0} | dict.fromkeys(("batch", "accumulate", "steps", "save_every", "eval_every"), 1)
-    for name, low in (least | {"log_every": 1, "lora": 1}).items():
-        if (given := getattr(options, name)) is not None and given < low:
+    for name, low in (least | {"log_every": 1, "lora": 1, "weight_decay": 0, "seed": 0}).items():
+        if (given := getattr(options, name)) is not None and not given >= low:
             parser.error(f"--{name.replace('_', '-')}: expected at least {low}, got {given}")
+    for name in ("lr", "clip"):
+        if not getattr(options, name) > 0:
+            parser.error(f"--{name}: expected more than 0, got {getattr(options, name)}")
+    if not 0 <= (options.lora_dropout or 0) < 1:
+        parser.error(f"--lora-dropout: expected 0 or more and less than 1, got {options.lora_dropout}")
     if options.lora is None and options.lora_dropout is not None:
         parser.error("--lora-dropout: given without --lora, so there is nothing that it could apply to")
     if options.tracker not in (None, *map(str, get_available_trackers())):

@@ -22,20 +22,24 @@ def read_documents(folder: Path | None, tokenizer: Any) -> tuple[list[list[int]]
     if folder is None:
         texts = [topics[name] for name in sorted(topics)]
     else:
-        files = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES)
+        files = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         texts = [p.read_text(errors="replace") for p in files]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     texts = [text for text in texts if text.strip()]
     if len(texts) < 2:
-        raise ValueError(f"data: expected a folder with two files of {', '.join(SUFFIXES)}, got {folder}: {len(texts)}")
+        found = f"{len(texts)} with text" if folder is None or folder.is_dir() else "no folder"
+        kinds = ", ".join(SUFFIXES)
+        raise ValueError(f"--data: expected a folder with at least two {kinds} files, got {folder}: {found}")
     documents = [ids + end for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids]
     if len(documents) < HELD_OUT:
         return documents[:-1], documents[-1:]
     return [d for i, d in enumerate(documents, 1) if i % HELD_OUT], documents[HELD_OUT - 1 :: HELD_OUT]
 
 
-def pack(documents: list[list[int]], length: int) -> dict[str, Tensor]:
+def pack(documents: list[list[int]], length: int, part: str = "text") -> dict[str, Tensor]:
     """Rows ``input_ids, position_ids, labels: [N, length]`` of one document after another, without the last tokens.
+
+    ``part``: what an error calls the documents.
 
     Position ids start anew with each document and each row, which is what keeps documents apart. The label of a token
     is the next token of its document, or -100.
@@ -46,7 +50,10 @@ def pack(documents: list[list[int]], length: int) -> dict[str, Tensor]:
     ids = torch.tensor([token for d in documents for token in d])
     count = len(ids) // length
     if count == 0:
-        raise ValueError(f"length {length}: {len(documents)} documents have {len(ids)} tokens, which fill no row")
+        raise ValueError(
+            f"--length {length}: the {part} has {len(ids)} tokens ({len(documents)} documents), which fill no row; "
+            "give more text or shorter rows"
+        )
     place = torch.cat([torch.arange(len(d)) for d in documents])
     labels = torch.cat([ids[1:], ids.new_tensor([-100])])
     labels[:-1][place[1:] == 0] = -100

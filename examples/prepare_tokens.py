@@ -45,9 +45,16 @@ def main(arguments: list[str] | None = None) -> None:
             texts = distinct(read_folder(unpack(options.package, Path(scratch))))
         else:
             texts = distinct(read_folder(Path(options.text)) if options.text else sorted(topics.items()))
-    out = Path(options.out)
+    out, sides = Path(options.out), {}
     for side in ("train", "held-out"):
-        names = [name for name in sorted(texts) if held_out(name, options.one_in) == (side == "held-out")]
+        sides[side] = [name for name in sorted(texts) if held_out(name, options.one_in) == (side == "held-out")]
+    if not all(sides.values()):
+        counts = " and ".join(f"{len(names)} ({side})" for side, names in sides.items())
+        raise SystemExit(
+            f"expected files of at least {SHORTEST} characters on both sides, got {counts}; give more text, or another "
+            "--one-in"
+        )
+    for side, names in sides.items():
         path = out / f"{options.name}-{side}.npy"
         count = save_tokens(path, (encode(tokenizer, texts[name]) for name in names))
         print(f"{path}: {count} tokens of {len(names)} files")
@@ -62,7 +69,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default="data")
     parser.add_argument("--one-in", type=int, default=10, help="hold out one file in so many (default 10)")
     parser.add_argument("--model", help="whose tokenizer (default: SmolLM2-135M)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.one_in < 2:
+        parser.error(f"--one-in: expected at least 2, got {options.one_in}")
+    if options.text and not Path(options.text).is_dir():
+        parser.error(f"--text: expected a folder, got {options.text}")
+    return options
 
 
 def distinct(texts: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -82,7 +94,8 @@ def held_out(name: str, one_in: int) -> bool:
 
 def unpack(package: str, scratch: Path) -> Path:
     """Download a package and unpack its files."""
-    subprocess.check_call(["apt-get", "download", "--quiet", package], cwd=scratch, stdout=subprocess.DEVNULL)
+    if subprocess.call(["apt-get", "download", "--quiet", package], cwd=scratch, stdout=subprocess.DEVNULL):
+        raise SystemExit(f"--package: apt-get found no {package} (above is why); name another, or give --text FOLDER")
     (archive,) = scratch.glob("*.deb")
     subprocess.check_call(["dpkg-deb", "--extract", str(archive), str(scratch / "files")])
     return scratch / "files"

@@ -67,7 +67,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mass", type=float, default=0.1, help="weight of matching attention's mass")
     parser.add_argument("--output", type=float, default=0.1, help="weight of matching attention's output")
     parser.add_argument("--separation", type=float, default=0.01, help="weight of keeping gists apart")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    training.check_arguments(parser, options, "mixtures")
+    return options
 
 
 def load(options: argparse.Namespace, device: torch.device) -> Any:

@@ -80,6 +80,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--regression", type=float, default=0.1, help="weight of predicting what an expansion gains")
     parser.add_argument("--budget", type=float, default=0.1, help="weight of asking for as much as is given")
     options = parser.parse_args(arguments)
+    training.check_arguments(parser, options, "edits", "lessons")
     if options.heads and any(getattr(options, name) is not None for name in SIZES):
         parser.error("--heads: the sizes are theirs; leave --block-size, --sink, --recent and --max-lod out")
     return options

@@ -200,6 +200,11 @@ WRONG = [
     (("--steps", "0"), "--steps: expected at least 1, got 0"),
     (("--lora", "0"), "--lora: expected at least 1, got 0"),
     (("--lora-dropout", "0.1"), "without --lora"),
+    (("--lr", "nan"), "--lr: expected more than 0, got nan"),
+    (("--clip", "-1"), "--clip: expected more than 0, got -1.0"),
+    (("--weight-decay", "-3"), "--weight-decay: expected at least 0, got -3.0"),
+    (("--lora", "4", "--lora-dropout", "2"), "--lora-dropout: expected 0 or more and less than 1, got 2.0"),
+    (("--seed", "-1"), "--seed: expected at least 0, got -1"),
     (("--tracker", "paper"), "--tracker: expected one of"),
     (("--attention", "flash"), "invalid choice"),
 ]
@@ -238,9 +243,30 @@ def test_packing():
     assert packing.pack([[1, 2, 3, 4, 5]], 2)["position_ids"].tolist() == [[0, 1], [0, 1]]
     with pytest.raises(ValueError, match="which fill no row"):
         packing.pack([[1, 2]], 3)
+    with pytest.raises(ValueError, match=r"--length 3: the held-out text has 2 tokens .* more text or shorter rows"):
+        packing.pack([[1, 2]], 3, "held-out text")
     taken = torch.cat([packing.rows_of_step(step, 3, 7, seed=5) for step in range(7)]).view(3, 7)
     assert all(sorted(part.tolist()) == list(range(7)) for part in taken)
     assert len({tuple(part.tolist()) for part in taken}) == 3
+
+
+def test_text_files_alone_are_read(tiny_model, tmp_path):
+    """Not folders or broken links of such a name, nor empty files; bytes that are no UTF-8 are replaced."""
+    import packing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "broken.txt").symlink_to(tmp_path / "nothing")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"--data: .* got .*: 1 with text"):
+        packing.read_documents(tmp_path, tokenizer)
+    (tmp_path / "folder.txt" / "b.md").write_text("text")
+    train, held_out = packing.read_documents(tmp_path, tokenizer)
+    assert [len(d) for d in (*train, *held_out)] == [len("caf\N{REPLACEMENT CHARACTER}".encode()), 4]
+    with pytest.raises(ValueError, match=r"got .*nowhere: no folder"):
+        packing.read_documents(tmp_path / "nowhere", tokenizer)
 
 
 @pytest.mark.parametrize("name", ["cpu", "one_gpu", "ddp", "fsdp2"])

@@ -177,3 +177,52 @@ def test_files_are_split_by_name(data: Path, tmp_path: Path) -> None:
 
 def test_a_text_under_two_names_counts_once() -> None:
     assert script("prepare_tokens").distinct([("a", "x"), ("b", "y"), ("c", "x")]) == {"a": "x", "b": "y"}
+
+
+WRONG = [
+    (("--windows", "0"), "--windows: expected at least 1, got 0"),
+    (("--save-every", "0"), "--save-every: expected at least 1, got 0"),
+    (("--mixtures", "0"), "--mixtures: expected at least 1, got 0"),
+    (("--seed", "-1"), "--seed: expected at least 0, got -1"),
+    (("--lr", "0"), "--lr: expected more than 0, got 0.0"),
+    (("--coarse", "5"), "--coarse: expected a share of 0 to 1, got 5.0"),
+    (("--held-out", "a.npy"), "--held-out: expected a file that is not learnt from, got a.npy"),
+    (("--tracker", "paper"), "--tracker: expected one of"),
+    (("--dtype", "float7"), "invalid choice: 'float7'"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), WRONG, ids=lambda x: "_".join(x) if isinstance(x, tuple) else "")
+def test_wrong_arguments_are_named(more: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        script("train_gist").parse_arguments(["--train", "a.npy", "--held-out", "b.npy", "--out", "o", *more])
+    assert message in capsys.readouterr().err
+
+
+def test_a_loss_of_nothing_and_mixed_precision_are_refused(data: Path, tmp_path: Path) -> None:
+    run = script("train_gist").main
+    none = [part for name in ("kl", "mass", "output", "separation") for part in (f"--{name}", "0")]
+    with pytest.raises(ValueError, match="weights: expected one above 0"):
+        run(gist_arguments(data, tmp_path, *none))
+    accelerator = type("Accelerator", (), {"mixed_precision": "bf16"})
+    with pytest.raises(ValueError, match="expected mixed_precision no, got bf16"):
+        training.Trainer(None, None, None, None, accelerator, ())  # type: ignore[arg-type]
+
+
+def test_tokens_need_text_on_both_sides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = script("prepare_tokens")
+    (tmp_path / "a.txt").write_text("too short")
+    arguments = ["--text", str(tmp_path), "--name", "a", "--out", str(tmp_path)]
+    monkeypatch.setattr(prepare.AutoTokenizer, "from_pretrained", lambda folder: None)
+    with pytest.raises(SystemExit, match=r"on both sides, got 0 \(train\) and 0 \(held-out\)"):
+        prepare.main([*arguments, "--model", "any"])
+    assert not list(tmp_path.glob("*.npy"))
+    for more, message in (
+        (["--one-in", "1"], "--one-in: expected at least 2, got 1"),
+        (["--text", "nowhere"], "--text: expected a folder, got nowhere"),
+    ):
+        with pytest.raises(SystemExit):
+            prepare.main([*arguments, *more])
+        assert message in capsys.readouterr().err

@@ -217,8 +217,31 @@ def add_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int, lr
     parser.add_argument("--windows", type=int, default=64, help="held-out windows of an evaluation (default 64)")
     parser.add_argument("--stop-after", type=int, help="end after so many steps of this call, as if interrupted")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", help="of the base model (default: bfloat16 on a GPU, else float32)")
+    dtypes = ["float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", choices=dtypes, help="of the base model (default: bfloat16 on a GPU, else float32)")
     parser.add_argument("--tracker", help="of accelerate: tensorboard, wandb, ...")
+
+
+def check_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
+    """End with an error that names the argument where a script would do nothing, or something else than asked.
+
+    Args:
+        names: further options that must be at least 1.
+    """
+    from accelerate.tracking import get_available_trackers  # type: ignore[import-untyped]
+
+    counts = ("steps", "batch", "save_every", "evaluate_every", "log_every", "windows", "stop_after", *names)
+    for name, low in (dict.fromkeys(counts, 1) | {"seed": 0}).items():
+        if (given := getattr(options, name)) is not None and given < low:
+            parser.error(f"--{name.replace('_', '-')}: expected at least {low}, got {given}")
+    if not options.lr > 0:
+        parser.error(f"--lr: expected more than 0, got {options.lr}")
+    if not 0 <= options.coarse <= 1:
+        parser.error(f"--coarse: expected a share of 0 to 1, got {options.coarse}")
+    if Path(options.held_out) in map(Path, options.train):
+        parser.error(f"--held-out: expected a file that is not learnt from, got {options.held_out}")
+    if options.tracker not in (None, *map(str, get_available_trackers())):
+        parser.error(f"--tracker: expected one of {get_available_trackers()} (installed here), got {options.tracker}")
 
 
 def settings(options: argparse.Namespace, accelerator: Any) -> dict[str, Any]:
@@ -246,6 +269,11 @@ class Trainer:
         self, model: Any, head: nn.Module, task: nn.Module, options: argparse.Namespace, accelerator: Any,
         shown: Sequence[str],
     ) -> None:  # fmt: skip
+        if accelerator.mixed_precision != "no":
+            raise ValueError(
+                f"accelerate's configuration: expected mixed_precision no, got {accelerator.mixed_precision}; heads "
+                "are trained in float32, and --dtype is the base model's"
+            )
         freeze_base(model, head)
         self.addon, self.model, self.task = model.megacontext, model, task
         self.options, self.accelerator = options, accelerator

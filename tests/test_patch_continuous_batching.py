@@ -298,6 +298,17 @@ def test_what_is_refused():
     assert not continuous_batching._claims
 
 
+def test_windows_run_without_graphs_and_asynchronous_batches():
+    ready_models = [ready(family) for family in ("llama", "gemma3")]
+    found = []
+    for model in ready_models:
+        plan = ContinuousBatchingConfig(use_cuda_graph=True, use_async_batching=True)
+        initialization.ensure_decode_fast_path_is_available(model.config, plan, False)
+        found.append((plan.cuda_graph_booleans, plan.use_async_batching))
+        unpatch_model(model)
+    assert found == [((True, True), True), ((False, False), False)]
+
+
 def test_windows_that_the_cache_does_not_know_of_are_refused():
     model = ready("gemma3")
     model.model.layers[0].self_attn.sliding_window = 5

@@ -152,8 +152,8 @@ def _switch(original: Callable[..., None]) -> Callable[..., None]:
 def _decode_path(original: Callable[..., None]) -> Callable[..., None]:
     """Block tables are read on any device; only caches of windows have none.
 
-    Nor do these get CUDA graphs and asynchronous batches: with both on transformers 5.17, one of two runs on an H100 gave
-    wrong tokens in models with windows, and right ones without.
+    Nor do these get CUDA graphs and asynchronous batches: with both, on transformers 5.17, one of two runs on an H100
+    gave wrong tokens in models with windows, and right ones without.
     """
 
     def ensure_decode_fast_path_is_available(config: Any, cb_config: Any, user_requested: bool) -> None:
@@ -164,7 +164,7 @@ def _decode_path(original: Callable[..., None]) -> Callable[..., None]:
                 logger.warning("max_blocks_per_request: no block table, since the model has layers of a sliding window")
             cb_config.max_blocks_per_request = 0
             if any(cb_config.cuda_graph_booleans) or cb_config.use_async_batching:
-                logger.warning("use_cuda_graph, use_async_batching: off, since the model has layers of a sliding window")
+                logger.warning("use_cuda_graph, use_async_batching: off, as the model has layers of a sliding window")
             cb_config.use_cuda_graph, cb_config.use_async_batching = (False, False), False
 
     return ensure_decode_fast_path_is_available

@@ -1,8 +1,8 @@
 """Sections of docs/ made from JSON result files: what stands between <!-- NAME:begin --> and <!-- NAME:end -->.
 
 Quality from results/quality-*.json (`hf-flash-mc evaluate --out`), needles and soak from needles-*.json and soak-*.json
-(examples/needle.py and soak.py), kills from training-kills-*.json (`benchmarks.kills`). A picture of the same name,
-quality-X.png, is shown beneath its table.
+(examples/needle.py and soak.py), parts from megacontext-*.json (`benchmarks.megacontext`), kills from
+training-kills-*.json (`benchmarks.kills`). A picture of the same name, quality-X.png, is shown beneath its table.
 """
 
 from __future__ import annotations
@@ -63,6 +63,15 @@ def soak(found: Found) -> str:
     return f"{markdown_table(head, body)}\n\nHistory on disk: {found['history_mib']:.0f} MiB; {result}."
 
 
+def parts(found: Found) -> str:
+    body = []
+    for row in found["rows"]:
+        speed = f"{row['tokens_per_s'] / 1e6:.2f}" if "tokens_per_s" in row else ""
+        share = f"{row['overhead']:.1%}" if "overhead" in row else ""
+        body.append([row["part"], f"{row['median_ms']:.3g} ({row['p20_ms']:.3g} to {row['p80_ms']:.3g})", speed, share])
+    return markdown_table(["part", "ms (p20 to p80)", "million tokens/s", "of the decoding between two"], body)
+
+
 def kills(found: Found) -> str:
     head = ["script", "kills", "while a checkpoint was written", "runs", "losses and weights at the end"]
     body = []
@@ -76,6 +85,7 @@ KINDS: dict[str, tuple[str, Callable[[Found], str]]] = {
     "quality": ("quality-*.json", quality),
     "needles": ("needles-*.json", needles),
     "soak": ("soak-*.json", soak),
+    "parts": ("megacontext-*.json", parts),
     "kills": ("training-kills-*.json", kills),
 }
 

@@ -68,7 +68,8 @@ def parts(found: Found) -> str:
     for row in found["rows"]:
         speed = f"{row['tokens_per_s'] / 1e6:.2f}" if "tokens_per_s" in row else ""
         share = f"{row['overhead']:.1%}" if "overhead" in row else ""
-        body.append([row["part"], f"{row['median_ms']:.3g} ({row['p20_ms']:.3g} to {row['p80_ms']:.3g})", speed, share])
+        times = f"{row['median_ms']:.3g} ({row['p20_ms']:.3g} to {row['p80_ms']:.3g})"
+        body.append([row["part"], times, speed, share])
     return markdown_table(["part", "ms (p20 to p80)", "million tokens/s", "of the decoding between two"], body)
 
 

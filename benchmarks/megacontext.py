@@ -48,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     command = "python -m benchmarks.megacontext " + " ".join(sys.argv[1:] if arguments is None else arguments)
     run = record.describe_run(device, command.strip(), f"median, p20 and p80 of {REPEATS} samples")
     if options.out:
-        Path(options.out).write_text(json.dumps({"run": asdict(run) | {"dtype": options.dtype}, "rows": rows}, indent=1) + "\n")
+        found = {"run": asdict(run) | {"dtype": options.dtype}, "rows": rows}
+        Path(options.out).write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

@@ -134,7 +134,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, out: Tensor, lse: Tens
         _pieces_forward(q, k, v, spec, pieces, out, lse)
     if spec.sinks is not None:  # the sink only adds to the softmax's denominator
         total = torch.logaddexp(lse, spec.sinks.to(lse.dtype)[:, None])
-        out.mul_(torch.exp(lse - total)[..., None])
+        out.mul_(torch.exp(lse - total.masked_fill(total == -_INF, 0))[..., None])  # a sink may be -inf
         lse.copy_(total)
 
 
@@ -157,7 +157,8 @@ def _backward(
         if dlse is not None:
             delta -= dlse
     if sums.dsinks is not None:
-        sums.dsinks.sub_((torch.exp(spec.sinks[:, None] - lse) * delta).sum((0, 2)))  # type: ignore[index]
+        share = torch.exp(spec.sinks[:, None] - lse.masked_fill(lse == -_INF, _INF))  # type: ignore[index]
+        sums.dsinks.sub_((share * delta).sum((0, 2)))
     if pieces is None:
         tiled_backward(Tiles(q, k, v, spec, dout), lse, delta, sums)
     else:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import Case, make_inputs, run_case
 
-from hf_flash_mc.ops import cpu, cpu_tiles
+from hf_flash_mc.ops import cpu, cpu_tiles, flash_attention
 from hf_flash_mc.ops.reference import dropout_keep
 from hf_flash_mc.ops.spec import Needs, Spec
 
@@ -79,6 +79,21 @@ def pieces(case: Case) -> list[tuple[int, int, int, int, bool]] | None:
 def test_common_calls_reach_the_fast_kernel(case: Case, expected: list | None) -> None:
     """transformers' prefill and decode patterns, however they are said, are one or two calls of ATen's kernel."""
     assert pieces(case) == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=["kernel", "tiles"])
+def test_a_sink_of_minus_infinity_beside_a_row_that_sees_nothing(options: dict[str, float]) -> None:
+    """out and the gradients were NaN."""
+    found = {}
+    for impl in ("cpu", "reference"):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, 2, n, 16, dtype=torch.float64).requires_grad_() for n in (9, 5, 5))
+        sinks = torch.tensor([float("-inf"), 0.5], dtype=torch.float64, requires_grad=True)
+        out, lse = flash_attention(q, k, v, causal=True, sinks=sinks, return_lse=True, impl=impl, **options)
+        assert bool((lse[0, 0, :4] == float("-inf")).all())
+        gradients = torch.autograd.grad((out * torch.randn_like(out)).sum(), (q, k, v, sinks))
+        found[impl] = (out, lse, *gradients)
+    torch.testing.assert_close(found["cpu"], found["reference"])
 
 
 def test_dropout_is_the_reference_mask() -> None:

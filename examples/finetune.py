@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -121,6 +122,8 @@ def check_accelerator(accelerator: Accelerator) -> None:
     if precision not in ("no", "bf16") or (kind not in supported and not accelerator.is_fsdp2):
         expected = "one process, DDP or FSDP2 (fsdp_version 2), and mixed_precision no or bf16"
         raise ValueError(f"accelerate's configuration: expected {expected}, got {kind.value} and {precision}")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not accelerator.is_fsdp2:
+        raise ValueError(f"accelerate's configuration: FSDP2 needs GPUs, got {kind.value}; use DDP (configs/ddp.yaml)")
     if accelerator.gradient_accumulation_steps != 1 or accelerator.state.dynamo_plugin.backend.value != "NO":
         raise ValueError("accelerate's configuration: expected no accumulation and no dynamo; see --accumulate")
 

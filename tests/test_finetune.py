@@ -232,6 +232,15 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path, 
         checkpoints.load_checkpoint(finetune.Accelerator(cpu=True), tmp_path, {"lr": "0.2", "seed": "0"})
 
 
+def test_sharding_that_accelerate_leaves_out_is_refused(monkeypatch):
+    """Without GPUs accelerate makes DDP of FSDP, and says nothing."""
+    import finetune
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP2 needs GPUs, got NO"):
+        finetune.check_accelerator(finetune.Accelerator(cpu=True))
+
+
 def test_packing():
     """Labels stay within documents, positions start anew with each and with each row; a pass takes every row once."""
     import packing

@@ -139,6 +139,35 @@ def is_range_pattern(function: Callable) -> bool:
     )
 
 
+def _blocks_of(function: Callable) -> Tensor | None:
+    """The block numbers [B, S] (negative: none) that a range pattern was made with, if any."""
+    cells = _cells(function)
+    if function.__code__ is _BLOCK:
+        return cells["block_sequence_ids"]
+    parts = cells.get("mask_functions") or [part for part in [cells.get("mask_function")] if part is not None]
+    return next((found for part in parts if (found := _blocks_of(part)) is not None), None)
+
+
+def _torn(function: Callable, attention_mask: Tensor | None) -> bool:
+    """Whether keys that count belong to one block in several places, so that rows see no single range of keys.
+
+    Waits for the device, once a prefill with image blocks. Not known under compile, where blocks are taken to be whole.
+    """
+    blocks = None if torch.compiler.is_compiling() else _blocks_of(function)
+    if blocks is None or is_tracing(blocks):
+        return False
+    runs = (torch.diff(blocks, prepend=blocks[:, :1]) != 0).cumsum(1)
+    counts = blocks >= 0
+    if attention_mask is not None:
+        counts = counts & _local_padding(attention_mask.to(blocks.device), blocks.shape[1], 0)
+
+    def distinct(numbers: Tensor) -> Tensor:
+        numbers = numbers.masked_fill(~counts, -1).sort(1).values
+        return (torch.diff(numbers, prepend=torch.full_like(numbers[:, :1], -1)) != 0).sum(1)
+
+    return not torch.equal(distinct(runs), distinct(blocks))
+
+
 def document_bounds(documents: Tensor) -> tuple[Tensor, Tensor]:
     """First and one-past-last index of every row's document; ``documents: [B, S]`` non-decreasing numbers."""
     documents = documents.contiguous()
@@ -172,7 +201,14 @@ def _closed_form(pattern: Pattern, q_length: int, kv_length: int, q_offset, kv_o
 
 
 def probe_ranges(
-    function: Callable, batch: int, q_length: int, kv_length: int, q_offset, kv_offset, device
+    function: Callable,
+    batch: int,
+    q_length: int,
+    kv_length: int,
+    q_offset,
+    kv_offset,
+    device,
+    span: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """lo and hi, [B, Q], of a pattern known only as a function: how far it reaches to both sides of the diagonal.
 
@@ -183,12 +219,16 @@ def probe_ranges(
     q = (torch.arange(q_length, device=device) + q_offset).expand(batch, -1)[..., None, None]  # [B, Q, 1, 1]
     b = torch.arange(batch, device=device)[:, None, None, None]
     h = torch.zeros_like(q)
-    pivot = q.clamp(kv_offset, kv_offset + kv_length - 1)
+    first, last = kv_offset, kv_offset + kv_length - 1
+    if span is not None:
+        first, end = (x[:, :, None, None] + kv_offset for x in span)
+        last = torch.maximum(end - 1, first)  # of a row that is padding only, one key: it is cut off later
+    pivot = q.clamp(first, last)
     side = torch.arange(-1, 2, 2, device=device)[:, None]  # -1 and 1
     step = torch.arange(1, PROBE_BASE, device=device)  # [63]
 
     def seen(key: Tensor) -> Tensor:
-        inside = (key >= kv_offset) & (key < kv_offset + kv_length)
+        inside = (key >= first) & (key <= last)
         return function(b, h, q, key.clamp(kv_offset, kv_offset + kv_length - 1)) & inside
 
     reach = torch.zeros_like(q).expand(-1, -1, 2, -1)  # [B, Q, 2, 1]: to the left, to the right
@@ -264,8 +304,12 @@ def key_range_mask(
         # one row of any pattern is O(K) already, and probing would cost more host time
         keep = dense()[:, 0, 0]
         lo, hi = keep.new_zeros(1, 1, dtype=torch.int64), keep.new_full((1, 1), kv_length, dtype=torch.int64)
-    elif not use_vmap and is_range_pattern(mask_function):
-        lo, hi = probe_ranges(mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, device)
+    elif not use_vmap and is_range_pattern(mask_function) and not _torn(mask_function, attention_mask):
+        span = None
+        if attention_mask is not None:
+            keep = _local_padding(attention_mask.to(device), kv_length, kv_offset)
+            span = _span(keep)
+        lo, hi = probe_ranges(mask_function, batch_size, q_length, kv_length, q_offset, kv_offset, device, span)
     else:
         return dense()
     if attention_mask is not None and keep is None:
@@ -302,6 +346,13 @@ def _stack(batch: int, lo: Tensor, hi: Tensor) -> Tensor:
     return ranges.expand(batch, -1, -1, -1)
 
 
+def _span(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """First and one-past-last valid key of each row of ``keep: [B, K]``, [B, 1]; (0, 0): nothing is valid."""
+    valid = keep.to(torch.int64)
+    end = (valid * torch.arange(1, keep.shape[1] + 1, device=keep.device)).amax(1, keepdim=True)
+    return valid.argmax(1, keepdim=True), end
+
+
 def _apply_padding(batch: int, lo: Tensor, hi: Tensor, keep: Tensor, config: Any) -> Tensor | None:
     """Ranges cut to the first and last valid key; valid keys in between ride along as weights. None: make it dense.
 
@@ -309,13 +360,11 @@ def _apply_padding(batch: int, lo: Tensor, hi: Tensor, keep: Tensor, config: Any
     except for families that slice rows off their masks, where losing them would be wrong.
     """
     keep = keep.expand(batch, -1)
-    valid = keep.to(torch.int64)
-    first = valid.argmax(1, keepdim=True)
-    end = (valid * torch.arange(1, keep.shape[1] + 1, device=keep.device)).amax(1, keepdim=True)  # 0: nothing is valid
+    first, end = _span(keep)
     ranges = _stack(batch, torch.maximum(lo, first), torch.minimum(hi, end))
     sliced = lo.shape[1] > 1 and getattr(config, "model_type", None) in SLICES_MASKS
     if not is_tracing(keep) and (sliced or keep.device.type == "cpu"):
-        holes = valid.sum(1, keepdim=True) != (end - first)
+        holes = keep.sum(1, keepdim=True) != (end - first)
         if not holes.any():
             return ranges
         if sliced:

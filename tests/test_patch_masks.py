@@ -195,12 +195,43 @@ def test_a_sliced_padded_mask_is_an_error():
             masks.split_mask(mask[:, :, -rows:], rows, 12)
 
 
+TORN = torch.tensor([[0, -1, -1, 0, -1], [0, 0, -1, 1, 1]])  # the first row's block lies in two places
+
+
+def test_blocks_in_several_places_are_dense_and_exact():
+    function = hf.or_masks(hf.causal_mask_function, hf.blockwise_overlay(TORN))
+    for keep in (None, torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]), torch.tensor([[1, 1, 1, 0, 0], [1] * 5])):
+        arguments = {"batch_size": 2, "q_length": 5, "kv_length": 5, "mask_function": function}
+        arguments["attention_mask"] = None if keep is None else keep.bool()
+        got = masks.key_range_mask(**arguments)
+        whole = keep is not None and not keep[0, 3]  # padding hides the block's second place
+        assert (got.dtype == torch.int32) == whole
+        got = masks.to_dense(got, 5, 5) if whole else got
+        assert torch.equal(got, hf.sdpa_mask(**arguments, allow_is_causal_skip=False))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_padding_may_be_numbered_like_a_block(compiled):
+    """PaliGemma's tokenizer numbers padding on the right as it does the prefix."""
+    blocks = torch.tensor([[0, 0, 0, -1, -1, 0, 0], [0, 0, -1, -1, -1, -1, -1]])
+    keep = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1] * 7]).bool()
+
+    def make(build, **how):
+        function = hf.or_masks(hf.causal_mask_function, hf.blockwise_overlay(blocks))
+        return build(batch_size=2, q_length=7, kv_length=7, mask_function=function, attention_mask=keep, **how)
+
+    torch._dynamo.reset()
+    ours = torch.compile(make, backend="eager", fullgraph=True) if compiled else make
+    got = masks.to_dense(ours(masks.key_range_mask), 7, 7)
+    assert torch.equal(got, make(hf.sdpa_mask, allow_is_causal_skip=False))
+
+
 def test_checks_flag_finds_a_pattern_that_is_no_range(monkeypatch):
     monkeypatch.setenv("HF_FLASH_MC_CHECKS", "1")
-    torn = torch.tensor([[0, -1, -1, 0, -1]])  # one image block in two places
-    function = hf.or_masks(hf.causal_mask_function, hf.blockwise_overlay(torn))
+    monkeypatch.setattr(masks, "_torn", lambda *_: False)
+    function = hf.or_masks(hf.causal_mask_function, hf.blockwise_overlay(TORN))
     with pytest.raises(RuntimeError, match="not one range"):
-        masks.key_range_mask(batch_size=1, q_length=5, kv_length=5, mask_function=function)
+        masks.key_range_mask(batch_size=2, q_length=5, kv_length=5, mask_function=function)
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,30 @@ def test_vit_and_clip():
     compare(model, lambda out: out.logits_per_text, input_ids=tokens(2), attention_mask=mask, pixel_values=pixels)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_paligemma_sees_its_prefix_both_ways(side):
+    """A batch as its processor makes it: image and question of type 0, the answer of type 1, padding of type 0 too."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.PaliGemmaConfig(
+        text_config={**SMALL, "head_dim": 24, "model_type": "gemma"},
+        vision_config={**vision, "model_type": "siglip_vision_model", "image_size": 16, "patch_size": 8},
+        image_token_index=95,
+        projection_dim=64,
+    )
+    model = build(transformers.PaliGemmaForConditionalGeneration, config).train()
+    rows = [[95] * 4 + [5, 6, 7] + [8] * answer for answer in (2, 9)]
+    types = [[0] * 7 + [1] * answer for answer in (2, 9)]
+    spare = [[0] * (16 - len(row)) for row in rows]
+
+    def pad(lists):
+        return torch.tensor([s + x if side == "left" else x + s for s, x in zip(spare, lists, strict=True)])
+
+    mask = pad([[1] * len(row) for row in rows])
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(4))
+    inputs = {"input_ids": pad(rows), "token_type_ids": pad(types), "pixel_values": pixels, "attention_mask": mask}
+    compare(model, logits, mask, **inputs)
+
+
 @pytest.mark.parametrize("kind", ["none", "right", "holes"])
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_encoder_decoders(family, kind):

@@ -15,7 +15,7 @@ from patch_models import causal_model
 from test_megacontext_session import CONFIG, attached, edits, history, logits_of
 from transformers import BatchEncoding
 
-from hf_flash_mc import MegaContextConfig, attach_megacontext
+from hf_flash_mc import MegaContextConfig, attach_megacontext, detach_megacontext, patch_model
 
 TRAINED = {"width": 32, "head_dim": 16}
 DUAL = dataclasses.replace(CONFIG, w_max=64, lens={"kind": "dual", **TRAINED})
@@ -296,3 +296,39 @@ def test_a_model_without_a_head_is_refused() -> None:
     with pytest.raises(TypeError, match="LlamaModel without a language-modelling head"):
         attach_megacontext(model, CONFIG)
     assert not hasattr(model, "megacontext")
+
+
+@pytest.mark.parametrize("patched_before", [False, True])
+def test_sessions_of_a_detached_model_say_so_and_can_be_saved(patched_before: bool, tmp_path: Path) -> None:
+    model = causal_model("llama")
+    if patched_before:
+        patch_model(model)
+    config = dataclasses.replace(CONFIG, w_max=64)
+    session = attach_megacontext(model, config).megacontext.session()
+    session.ingest(history(100))
+    detach_megacontext(model)
+    for use in (lambda: session.ingest(history(3)), lambda: session.generate(max_new_tokens=2)):
+        with pytest.raises(RuntimeError, match="detached from the model"):
+            use()
+    attach_megacontext(model, config)
+    with pytest.raises(RuntimeError, match="detached from the model"):
+        session.reread(2)
+    session.check_invariants()
+    session.save(tmp_path)
+    again = model.megacontext.load_session(tmp_path)
+    assert again.generate(max_new_tokens=2, do_sample=False).shape == (1, 2)
+
+
+def test_sessions_of_a_compiled_model_go_as_without() -> None:
+    model = attached("llama", DUAL)
+
+    def tokens() -> torch.Tensor:
+        session = model.megacontext.session()
+        session.ingest(history(100))
+        session.refocus(reread=2)
+        return session.generate(max_new_tokens=4, do_sample=False)
+
+    wanted = tokens()
+    model.compile(backend="eager", dynamic=True)
+    assert torch.equal(tokens(), wanted)
+    assert model._compiled_call_impl is not None, "compiled in place"

@@ -357,6 +357,11 @@ class MegaContextSession(Focus):
     def check_runs(self) -> None:
         """RuntimeError where the session is closed, or the model is not what it began on, or its attention not ours."""
         self.check_open()
+        if not self.addon._hold:
+            raise RuntimeError(
+                "the session's megacontext was detached from the model: save the session, and load it after "
+                "attach_megacontext"
+            )
         if self._home() != self._begun_on:
             then, now = (f"{dtype} on {device}" for dtype, device in (self._begun_on, self._home()))
             raise RuntimeError(

@@ -6,7 +6,7 @@
 Sentences with random numbers for different names are spread over filler text, each name at one of five depths. After
 all of it was read, each number is asked for, starting from the same working context:
 
-- exact: the blocks of the needle are expanded by hand, which is the ceiling of this model and prompt;
+- exact: the blocks of the needle are expanded by hand: about the ceiling of this model and prompt;
 - random, gist_mass, recall, ...: after ``--rounds`` refocuses by that lens, which sees only the question.
 
 A number counts as found if greedy decoding gives every digit. Prints a table, writes ``--out`` and draws ``--plot``. A

@@ -107,6 +107,7 @@ CALLS = [
     Call(1, (13, 5), Case(Hq=2, Hkv=1, Sq=5, D=5, causal=True, poison=True)),
     Call(13, (50, 29), Case(Hq=4, Hkv=2, Sq=4, key_ranges="random", ranges_shape="h", poison=True)),
     Call(24, (70, 0), Case(Hq=2, Hkv=2, Sq=6, key_ranges="hostile", sinks=True, alibi="h", softcap=4.0, poison=True)),
+    Call(16, (33, 5), Case(Hq=4, Hkv=1, Sq=1, D=512, dtype=BF16)),
     Call(16, (97, 20), Case(Hq=4, Hkv=1, Sq=33, causal=True, window=(30, 9), scale=0.3, poison=True)),  # three tiles
 ]
 SMALL = CALLS[1], CALLS[2], CALLS[6]

@@ -51,6 +51,7 @@ FEW_QUERIES = [
     Case(Hq=4, Sq=5, Sk=150, key_ranges="random", ranges_shape="h", dlse=True, poison=True),
     Case(Hq=8, Sq=16, Sk=65, key_ranges="hostile", ranges_shape="bh", sinks=True, poison=True),
     Case(Hq=4, Sq=2, Sk=180, key_log_weight="bh-", sinks=True, dlse=True, aux_fp32=False, poison=True),
+    Case(Hq=4, Hkv=1, Sq=1, Sk=70, D=320, Dv=500, dtype=BF16, key_ranges="padded", ranges_shape="b", poison=True),
     Case(B=2, Hq=4, Sq=6, Sk=100, **EVERYTHING),
     Case(B=2, Hq=8, Sq=9, Sk=77, dtype=BF16, strides="lastdim", **EVERYTHING),
 ]

@@ -39,6 +39,7 @@ CASES = [
     Case("full, head dim 128", (1, 4, 4, 190, 317, 128)),
     Case("causal, head dim 128, GQA", (1, 8, 2, 317, 317, 128), ("causal",)),
     Case("causal, head dim 256", (1, 2, 2, 200, 200, 256), ("causal",)),
+    Case("causal, head dim 512", (1, 2, 1, 70, 90, 512), ("causal",)),
     Case("causal, head dim 80", (1, 2, 1, 130, 190, 80), ("causal",)),
     Case("logits times 30", (1, 2, 2, 257, 257, 64), ("causal",), scale=30.0),
     Case("float16", (1, 2, 2, 257, 257, 128), ("causal",), "float16"),

@@ -43,8 +43,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     layout = Layout.of(model.megacontext.config, options.context, options.horizon)
     task = GistTask(model, layout, Weights(options.kl, options.mass, options.output, options.separation))
     trainer = training.Trainer(model, task.gist, task, options, accelerator, ("loss", "kl", "recovered"))
-    if options.tracker:
-        accelerator.init_trackers("train_gist", config={k: v for k, v in vars(options).items() if v is not None})
+    training.start_tracker(accelerator, "train_gist", options)
     windows = training.Windows(*options.train, length=options.context + options.horizon)
     held = training.Windows(options.held_out, length=options.context + options.horizon).apart(options.windows)
     inputs = partial(lessons, model, layout, windows, options, accelerator)

@@ -55,8 +55,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     layout = Layout.of(model.megacontext.config, options.context, options.horizon)
     task = LensTask(model, layout, LensWeights(options.rank, options.regression, options.budget))
     trainer = training.Trainer(model, task.lens, task, options, accelerator, ("loss", "rank", "lens"))
-    if options.tracker:
-        accelerator.init_trackers("train_lens", config={k: v for k, v in vars(options).items() if v is not None})
+    training.start_tracker(accelerator, "train_lens", options)
     lessons = Lessons(task, options, accelerator)
     line = trainer.run(lessons.of_step, 1, lessons.evaluate)
     accelerator.end_training()

@@ -226,3 +226,20 @@ def test_tokens_need_text_on_both_sides(
         with pytest.raises(SystemExit):
             prepare.main([*arguments, *more])
         assert message in capsys.readouterr().err
+
+
+def test_a_tracker_gets_settings_that_it_can_take() -> None:
+    """TensorBoard raises on the list of --train; the number of a step and its like stay numbers."""
+    given: dict[str, Any] = {}
+
+    class Accelerator:
+        def init_trackers(self, name: str, config: dict[str, Any]) -> None:
+            given.update(config, name=name)
+
+    options = script("train_gist").parse_arguments(["--train", "a.npy", "c.npy", "--held-out", "b.npy", "--out", "o"])
+    training.start_tracker(Accelerator(), "train_gist", options)
+    assert not given, "none is wanted"
+    options.tracker = "tensorboard"
+    training.start_tracker(Accelerator(), "train_gist", options)
+    assert all(isinstance(value, int | float | str) for value in given.values())
+    assert (given["train"], given["steps"], given["name"]) == ("['a.npy', 'c.npy']", 2000, "train_gist")

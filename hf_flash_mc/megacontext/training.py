@@ -250,6 +250,13 @@ def settings(options: argparse.Namespace, accelerator: Any) -> dict[str, Any]:
     return kept | {"processes": accelerator.num_processes}
 
 
+def start_tracker(accelerator: Any, name: str, options: argparse.Namespace) -> None:
+    """Begin a tracker's run, if one is wanted; settings go as text where trackers (TensorBoard) take no lists."""
+    if options.tracker:
+        config = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(options).items() if v is not None}
+        accelerator.init_trackers(name, config=config)
+
+
 def drawn(*seed: int) -> torch.Generator:
     """Random numbers of (seed, step, process, ...)."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))

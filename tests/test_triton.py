@@ -107,6 +107,17 @@ def test_every_architecture_has_tiles_for_its_head_dims() -> None:
         lookup("dq", "sm86", True, 512)
 
 
+def test_above_256_what_would_spill_takes_half_the_keys() -> None:
+    q = torch.zeros(1, 1, 40, 512, dtype=BF16)
+    mask = torch.ones(1, 1, 40, 40, dtype=torch.bool)
+    keys = {}
+    with mock.patch.object(plan, "architecture", return_value="sm90"):
+        for name, spec in {"causal": Spec(causal=True), "softcap": Spec(softcap=5.0), "mask": Spec(mask=mask)}.items():
+            made = plan.Plan(q, q, q, spec, None)
+            keys[name] = [made.variant(kind)[0].BLOCK_N for kind in ("fwd", "dkdv", "dq")]
+    assert keys == {"causal": [64, 32, 32], "softcap": [64, 16, 32], "mask": [32, 16, 32]}
+
+
 def test_deterministic_backward_ignores_the_fused_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_FLASH_MC_BACKWARD", "fused")
     monkeypatch.setattr(launch, "attn_bwd_finish", None)  # the fused form ends with it

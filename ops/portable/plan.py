@@ -24,6 +24,11 @@ INTERPRETED = isinstance(attn_fwd_kernel, InterpretedFunction)  # kernels run in
 TMA_MIN_KEYS = 512  # below, building two descriptors costs more host time than they save
 FLAGS = Features._fields[Features._fields.index("CAUSAL") : Features._fields.index("TMA")]
 _RUNTIME = triton.knobs.runtime
+# Above head dim 256, what spills with all of a kernel's keys: half of them then.
+_HALF_TILE = {
+    "fwd": ("HAS_MASK",),
+    "dkdv": ("HAS_RANGES", "HAS_MASK", "HAS_BIAS", "HAS_WEIGHT", "HAS_SOFTCAP", "HAS_DROPOUT", "VARLEN"),
+}
 _LARGE = 1 << 30
 _PLANS_KEPT = 1024
 
@@ -196,6 +201,10 @@ class Plan:
             self.sk,
         )
 
+    def _spills(self, kind: str) -> bool:
+        features = _HALF_TILE.get(kind, ())
+        return any(self.flags[FLAGS.index(name)] for name in features) or bool(features and self.block[0])
+
     def variant(
         self, kind: str, config: Config | None = None, *, tma: bool = True, weight_grad: bool = False
     ) -> tuple[Features, Config]:
@@ -205,6 +214,8 @@ class Plan:
         if config is None:
             config = tuned(kind + "+tma" * tma, self, Config)
             config = config or lookup(kind, self.arch, wide, max(self.d, self.dv), "tma" if tma else "")
+        if max(self.d, self.dv) > 256 and self._spills(kind):
+            config = config._replace(block_n=max(config.block_n // 2, 16))
         if self.block[0]:  # tiles do not straddle blocks, and the walk needs some registers of its own
             bounded = any(self.flags[:4])  # by causal, a window or key_ranges as well
             rows, keys = min(config.block_m, self.block[0]), min(config.block_n, 64 if bounded else self.block[1])

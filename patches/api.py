@@ -20,7 +20,7 @@ from . import continuous_batching as paged
 from .attention import KEY, ModuleRecord, Options, refuse_weights, register
 from .context_parallel import add_hooks, check_spreadable, read_context_parallel
 from .models import ADAPTED, adapter_of, uses_interface
-from .support import DENSE_MASKS, HARMLESS_CLASSES, REFUSED
+from .support import CAUSAL_BY_NAME, DENSE_MASKS, HARMLESS_CLASSES, REFUSED
 
 _READS_MASK = re.compile(r"(attention|causal)_mask\w*\.dtype\s*[!=]=\s*torch\.bool|causal_mask\w*\.to\(dtype")
 
@@ -314,6 +314,12 @@ def _check_family(root: PreTrainedModel, attention: dict[str, nn.Module], target
         row = REFUSED.get(getattr(owner.config, "model_type", ""))
         if row is not None:
             raise NotImplementedError(f"{name}: the {row.name} family is refused: {row.refused}")
+    for module in root.modules():
+        if type(module).__name__ in CAUSAL_BY_NAME and any(getattr(x, "is_causal", False) for x in module.children()):
+            raise NotImplementedError(
+                f"{name} is refused: attention in {type(module).__name__} calls itself causal and passes no mask, so "
+                "stock eager and sdpa differ too; a newer transformers corrects it"
+            )
     bypassing, skipped = [], {}
     for path, module in root.named_modules():
         if not _computes_own_attention(path, module, attention):

@@ -176,6 +176,9 @@ FAMILIES: tuple[Family, ...] = (
 # Families that slice query rows off their masks (key-value sharing layers need only the last tokens in a prefill).
 SLICES_MASKS = frozenset({"gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"})
 
+# Whose attention calls itself causal and passes no mask, until a transformers after 5.17: stock eager and sdpa differ.
+CAUSAL_BY_NAME = frozenset({"Kosmos2ImageToTextProjection"})
+
 # Attention classes with a computation of their own that take a mask argument, but never one of ours: safe to leave to
 # transformers. (Those whose forward takes no mask at all are found by api.py.)
 HARMLESS_CLASSES = frozenset(

@@ -8,12 +8,12 @@ import pytest
 import torch
 import transformers
 from families import classify
-from family_errors import errors
+from family_errors import built, errors
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from typer.testing import CliRunner
 
 from hf_flash_mc.cli import app
-from hf_flash_mc.patches import table
+from hf_flash_mc.patches import patch_model, table, unpatch_model
 
 ROWS = table.rows()
 HERE = [row for row in ROWS.values() if row.model_type in CONFIG_MAPPING_NAMES]
@@ -79,3 +79,13 @@ def test_bfloat16_costs_no_more_accuracy_than_eager(model_type):
     assert row["calls"] >= 3
     assert row["output_ratio"] <= 1.2
     assert row["gradient_ratio"] <= 1.2
+
+
+def test_attention_that_is_causal_by_name_alone_is_refused():
+    """Kosmos 2 up to transformers 5.17; newer ones say False."""
+    model, _ = built("kosmos-2", 0)
+    model.image_to_text_projection.x_attn.is_causal = True
+    with pytest.raises(NotImplementedError, match="Kosmos2ImageToTextProjection calls itself causal"):
+        patch_model(model)
+    model.image_to_text_projection.x_attn.is_causal = False
+    unpatch_model(patch_model(model))

@@ -121,15 +121,16 @@ def plot_quality(lines: Sequence[Comparison], rows: Sequence[Row], path: str | P
     whole = np.array([row["whole"] for row in rows])
     most = max((x for _, _, x in names), key=lambda x: int(x[2:] or 0))  # expansions
     drawn = [line for line, (r, _, x) in zip(lines, names, strict=True) if r == names[0][0] and x in ("", most)]
-    for line in drawn[:10]:  # more lines would not be told apart
+    for i, line in enumerate(drawn[:20]):  # more lines would not be told apart
         cost = np.array([row[line.name] for row in rows]) - whole  # [n, targets]
         block = 8 if cost.shape[1] % 8 == 0 else 1
         mean = cost.mean(0).reshape(-1, block).mean(1)
-        curves.plot(np.arange(len(mean)) * block + (block + 1) / 2, mean, marker="o", ms=3, label=line.name)
+        curves.plot(np.arange(len(mean)) * block + (block + 1) / 2, mean, marker="o", ms=3, label=line.name,
+                    color=f"C{i % 10}", ls="-" if i < 10 else "--")  # fmt: skip
     curves.axvspan(0, JUDGED.start + 0.5, color="0.95", zorder=0)  # not judged
     curves.axhline(0, color="0.6", lw=0.8, zorder=0)
     curves.set(xlabel="target, tokens after the context", ylabel="cost above the whole window, nats")
-    curves.legend(fontsize="small")
+    curves.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(f"{len(rows)} windows")
     figure.savefig(path, dpi=120)
     return figure

@@ -99,11 +99,7 @@ class Weights:
     separation: float = 0.01
 
     def __post_init__(self) -> None:
-        bad = {name: w for name, w in vars(self).items() if not w >= 0}
-        if bad:
-            raise ValueError(f"weights: expected numbers of at least 0, got {bad}")
-        if not any(vars(self).values()):
-            raise ValueError("weights: expected one above 0, got none; nothing would be learnt")
+        losses.check_weights(vars(self))
 
 
 @dataclass

@@ -14,6 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def check_weights(weights: dict[str, float]) -> None:
+    """ValueError for weights of a loss's parts, by name, that are negative or all 0."""
+    bad = {name: w for name, w in weights.items() if not w >= 0}
+    if bad:
+        raise ValueError(f"weights: expected numbers of at least 0, got {bad}")
+    if not any(weights.values()):
+        raise ValueError("weights: expected one above 0, got none; nothing would be learnt")
+
+
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 

@@ -214,8 +214,8 @@ class Plan:
         if config is None:
             config = tuned(kind + "+tma" * tma, self, Config)
             config = config or lookup(kind, self.arch, wide, max(self.d, self.dv), "tma" if tma else "")
-        if max(self.d, self.dv) > 256 and self._spills(kind):
-            config = config._replace(block_n=max(config.block_n // 2, 16))
+            if max(self.d, self.dv) > 256 and self._spills(kind):
+                config = config._replace(block_n=max(config.block_n // 2, 16))
         if self.block[0]:  # tiles do not straddle blocks, and the walk needs some registers of its own
             bounded = any(self.flags[:4])  # by causal, a window or key_ranges as well
             rows, keys = min(config.block_m, self.block[0]), min(config.block_n, 64 if bounded else self.block[1])

@@ -11,7 +11,7 @@ the next step under the writing of dQ.
 """
 
 from ..portable.backward import _plan_queries
-from ..portable.common import backward_weights, key_in_use, row_ranges, sequence_bounds
+from ..portable.common import backward_weights, sequence_bounds
 from .backward_rows import first_unit
 from .backward_tiles import (
     ALL,
@@ -21,10 +21,11 @@ from .backward_tiles import (
     HALF,
     SUB,
     add_rows,
+    clean_keys,
+    only_seen,
     scores,
     store_rows,
     tile_memory,
-    zero_rows,
 )
 from .backward_wide import consume_wide
 from .dropout import bits_by_key, drop_by_key
@@ -181,18 +182,7 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
     mbarrier.wait(kv_full, 0)
     k_own = k_s.index(0).slice(CID * HALF, HALF, 0)
     v_own = v_s.index(0).slice(CID * HALF, HALF, 0)
-    if F.HAS_RANGES or F.HAS_WEIGHT or F.VARLEN or (F.SANITIZE and F.HAS_LEFT):
-        # a key that no row sees may hold NaN, and 0 * NaN is NaN; nor may a packed neighbour's
-        CLEAN: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        own = n0 + CID * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, CLEAN))
-        use = key_in_use(weight_ptr, own, sk, F)
-        if F.HAS_RANGES:
-            use = use & (gl.load(seen_ptr + own) != 0)
-        elif F.HAS_LEFT:
-            use = use & (own >= sk - sq - window_left)
-        zero_rows(k_own, use, CLEAN)
-        zero_rows(v_own, use, CLEAN)
-        fence_async_shared()
+    clean_keys(k_own, v_own, n0 + CID * HALF, seen_ptr, weight_ptr, sq, sk, window_left, False, F)
     seed = 0
     if F.HAS_DROPOUT:
         seed = gl.load(seed_ptr)
@@ -247,17 +237,7 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
                 sq, sk, F, False,
             )  # fmt: skip
             if masked:
-                if F.HAS_RANGES:  # as float32, which is exact below 2^24
-                    key = col.to(gl.float32)
-                    low = rows.slice(2 * SUB, SUB, 0).load(gl.SliceLayout(0, st))
-                    p = gl.where(key[:, None] >= low[None, :], p, 0.0)
-                    high = rows.slice(3 * SUB, SUB, 0).load(gl.SliceLayout(0, st))
-                    p = gl.where(key[:, None] < high[None, :], p, 0.0)
-                else:
-                    lo, hi = row_ranges(weight_ptr, 0, row, sq, sk, window_left, window_right, F)
-                    p = gl.where(col[:, None] < hi[None, :], p, 0.0)
-                    if F.HAS_LEFT:
-                        p = gl.where(col[:, None] >= lo[None, :], p, 0.0)
+                p = only_seen(p, col, row, rows, sq, sk, window_left, window_right, weight_ptr, 0, st, F)
             weights = p.to(dtype)
             if F.HAS_DROPOUT:
                 weights = drop_by_key(weights, bits, dropout, m0 + j * SUB, n0 + CID * HALF, SUB, st, True, F)

@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from .shim import gl, gluon, warpgroup_mma
+from ..portable.common import key_in_use, row_ranges
+from .shim import bar_sync, fence_async_shared, gl, gluon, warpgroup_mma
 
 SUB = gl.constexpr(64)  # query rows of one matrix product
 HALF = gl.constexpr(64)  # keys of one warpgroup
@@ -29,6 +30,46 @@ def zero_rows(tile, keep, LAYOUT: gl.constexpr):
     """Zeros in the rows of a shared-memory tile that are not kept."""
     x = tile.load(LAYOUT)
     tile.store(gl.where(keep[:, None], x, gl.zeros_like(x)))
+
+
+@gluon.jit
+def clean_keys(k, v, start, seen_ptr, weight_ptr, sq, sk, window_left, MEET: gl.constexpr, F: gl.constexpr):
+    """Zeros in a warpgroup's keys and values, from key ``start``, where no row sees them; MEET: both then wait.
+
+    They may hold NaN, and 0 * NaN is NaN; so may a packed neighbour's.
+    """
+    if F.HAS_RANGES or F.HAS_WEIGHT or F.VARLEN or (F.SANITIZE and F.HAS_LEFT):
+        CLEAN: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        own = start + gl.arange(0, k.shape[0], layout=gl.SliceLayout(1, CLEAN))
+        use = key_in_use(weight_ptr, own, sk, F)
+        if F.HAS_RANGES:
+            use = use & (gl.load(seen_ptr + own) != 0)
+        elif F.HAS_LEFT:
+            use = use & (own >= sk - sq - window_left)
+        zero_rows(k, use, CLEAN)
+        zero_rows(v, use, CLEAN)
+        fence_async_shared()
+        if MEET:
+            bar_sync(ALL, 256)
+
+
+@gluon.jit
+def only_seen(p, col, row, rows, sq, sk, window_left, window_right, weight_ptr, START: gl.constexpr,
+              LAYOUT: gl.constexpr, F: gl.constexpr):  # fmt: skip
+    """p [keys, queries] with zeros where a query does not see a key; ``rows`` has the queries' bounds from START."""
+    COUNT: gl.constexpr = p.shape[1]
+    if F.HAS_RANGES:  # as float32, which is exact below 2^24
+        key = col.to(gl.float32)
+        low = rows.slice(2 * SUB + START, COUNT, 0).load(gl.SliceLayout(0, LAYOUT))
+        p = gl.where(key[:, None] >= low[None, :], p, 0.0)
+        high = rows.slice(3 * SUB + START, COUNT, 0).load(gl.SliceLayout(0, LAYOUT))
+        p = gl.where(key[:, None] < high[None, :], p, 0.0)
+    else:
+        lo, hi = row_ranges(weight_ptr, 0, row, sq, sk, window_left, window_right, F)
+        p = gl.where(col[:, None] < hi[None, :], p, 0.0)
+        if F.HAS_LEFT:
+            p = gl.where(col[:, None] >= lo[None, :], p, 0.0)
+    return p
 
 
 @gluon.jit

@@ -4,8 +4,8 @@ A program owns 64 keys. Of a step's 64 queries each of two warpgroups computes t
 and the logits' gradients on through shared memory; then each sums its half of the columns of dK, dV and dQ.
 """
 
-from ..portable.common import backward_weights, key_in_use, row_ranges
-from .backward_tiles import ALL, DO_FREE, FREE, SUB, add_rows, scores, store_rows, zero_rows
+from ..portable.common import backward_weights
+from .backward_tiles import ALL, DO_FREE, FREE, SUB, add_rows, clean_keys, only_seen, scores, store_rows
 from .dropout import bits_by_key, drop_by_key
 from .shim import (
     bar_arrive,
@@ -70,19 +70,9 @@ def consume_wide(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr,
     dv = gl.zeros((KEYS, COLS_V), gl.float32, dv_l)
     dq_out = dq_s.index(CID)
     mbarrier.wait(kv_full, 0)
-    if F.HAS_RANGES or F.HAS_WEIGHT or F.VARLEN or (F.SANITIZE and F.HAS_LEFT):
-        # a key that no row sees may hold NaN, and 0 * NaN is NaN; nor may a packed neighbour's
-        CLEAN: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        own = n0 + CID * (KEYS // 2) + gl.arange(0, KEYS // 2, layout=gl.SliceLayout(1, CLEAN))
-        use = key_in_use(weight_ptr, own, sk, F)
-        if F.HAS_RANGES:
-            use = use & (gl.load(seen_ptr + own) != 0)
-        elif F.HAS_LEFT:
-            use = use & (own >= sk - sq - window_left)
-        zero_rows(k_s.index(0).slice(CID * (KEYS // 2), KEYS // 2, 0), use, CLEAN)
-        zero_rows(v_s.index(0).slice(CID * (KEYS // 2), KEYS // 2, 0), use, CLEAN)
-        fence_async_shared()
-        bar_sync(ALL, 256)
+    OWN: gl.constexpr = KEYS // 2
+    clean_keys(k_s.index(0).slice(CID * OWN, OWN, 0), v_s.index(0).slice(CID * OWN, OWN, 0), n0 + CID * OWN, seen_ptr,
+               weight_ptr, sq, sk, window_left, True, F)  # fmt: skip
     seed = 0
     if F.HAS_DROPOUT:
         seed = gl.load(seed_ptr)
@@ -123,17 +113,7 @@ def consume_wide(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr,
             weight_ptr, sq, sk, F, False,
         )  # fmt: skip
         if masked:
-            if F.HAS_RANGES:  # as float32, which is exact below 2^24
-                key = col.to(gl.float32)
-                low = rows.slice(2 * SUB + CID * QUERIES, QUERIES, 0).load(gl.SliceLayout(0, st))
-                p = gl.where(key[:, None] >= low[None, :], p, 0.0)
-                high = rows.slice(3 * SUB + CID * QUERIES, QUERIES, 0).load(gl.SliceLayout(0, st))
-                p = gl.where(key[:, None] < high[None, :], p, 0.0)
-            else:
-                lo, hi = row_ranges(weight_ptr, 0, row, sq, sk, window_left, window_right, F)
-                p = gl.where(col[:, None] < hi[None, :], p, 0.0)
-                if F.HAS_LEFT:
-                    p = gl.where(col[:, None] >= lo[None, :], p, 0.0)
+            p = only_seen(p, col, row, rows, sq, sk, window_left, window_right, weight_ptr, CID * QUERIES, st, F)
         weights = p.to(dtype)
         if F.HAS_DROPOUT:
             weights = drop_by_key(weights, bits, dropout, row0, n0, QUERIES, st, True, F)

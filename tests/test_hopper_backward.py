@@ -111,6 +111,12 @@ def test_schedules(schedule: Schedule) -> None:
     run_backward(LONG, schedule, seed=1)
 
 
+def test_key_tiles_of_several_heads_together() -> None:
+    """Four heads in two sections."""
+    with mock.patch.object(backward_launch, "heads_together", return_value=2):
+        run_backward(Case(**{**BF16, "Hq": 4, "Hkv": 4}, Sq=300, Sk=300, causal=True))
+
+
 def test_packed_sequences_whose_key_tiles_are_shared() -> None:
     run_backward(Case(**BF16, varlen=((70, 130), (130, 70)), causal=True, poison=True), Schedule(SPLIT=True))
 
@@ -206,7 +212,7 @@ def test_mistakes_with_wide_heads_are_caught(name: str, tmp_path: Path, monkeypa
 
 
 VARIANTS = ("64-causal", "128-causal", "128-ranges", "128-dropout", "256-causal+")
-SPILLS = {("64-causal", "3.9"): 10, ("128-dropout", "3.6"): 25, ("128-dropout", "3.9"): 107}  # elsewhere none
+SPILLS = {("64-causal", "3.9"): 10, ("128-dropout", "3.6"): 20, ("128-dropout", "3.9"): 109}  # elsewhere none
 
 
 def test_compiles_for_sm90() -> None:

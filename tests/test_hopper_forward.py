@@ -23,10 +23,13 @@ from helpers import Case, check_bound, exact_attention, make_inputs, naive_atten
 
 from hf_flash_mc.ops import auto
 from hf_flash_mc.ops.hopper import forward, launch, untimed
+from hf_flash_mc.ops.hopper import plan as hopper_plan
 from hf_flash_mc.ops.hopper.plan import HopperConfig
 from hf_flash_mc.ops.portable import plan
 from hf_flash_mc.ops.portable.common import RECIPROCAL_CAP
+from hf_flash_mc.ops.portable.plan import FLAGS, features
 from hf_flash_mc.ops.spec import Spec
+from hf_flash_mc.ops.tuning import Config
 
 BF16 = {"dtype": torch.bfloat16, "B": 1, "Hq": 2, "Hkv": 1, "D": 64, "strides": "bshd"}
 TWO, THREE = HopperConfig(2, 64, 2, True), HopperConfig(3, 64, 2, False)
@@ -104,6 +107,25 @@ def test_the_table_itself() -> None:
     run_forward(dataclasses.replace(CASES[5], Sq=300, Sk=300), None)
 
 
+@pytest.mark.parametrize("together", [2, 4])
+def test_tiles_of_several_heads_together(together: int) -> None:
+    """Four heads, in two sections and in one."""
+    with mock.patch.object(launch, "heads_together", return_value=together):
+        run_forward(Case(**{**BF16, "Hq": 4, "Hkv": 2}, Sq=300, Sk=300, causal=True))
+
+
+@pytest.mark.parametrize(
+    ("heads", "tiles", "size", "found"),
+    [(64, 32, 2 << 20, 8), (12, 32, 2 << 20, 6), (13, 32, 2 << 20, 1), (32, 32, 4 << 20, 4), (16, 128, 8 << 20, 2),
+     (4, 1024, 1 << 30, 1)],
+)  # fmt: skip
+def test_how_many_heads_go_together(heads: int, tiles: int, size: int, found: int) -> None:
+    """A section is no larger than the L2 cache, and all are of one size."""
+    f = features(Config(64, 64, 4, 1), 64, 64, (True, *[False] * (len(FLAGS) - 1)))
+    assert hopper_plan.heads_together(f, heads, tiles, size) == found
+    assert hopper_plan.heads_together(f._replace(CAUSAL=False), heads, tiles, size) == 1
+
+
 STAGED = HopperConfig(2, 32, 2, True, staged=True)
 UNTIMED = [
     (Case(**BF16, Sq=130, Sk=130, causal=True, softcap=2.0), None),
@@ -165,7 +187,7 @@ def test_emulator_notices(old: str, new: str, tmp_path: Path, monkeypatch: pytes
 
 VARIANTS = ("128-causal-512", "128-ranges-512", "128-dropout-512")
 # spill stores beyond 0: of the producer warp, which waits most of its time
-SPILLS = {("128-ranges-512", "3.6"): 16, ("128-ranges-512", "3.9"): 14,
+SPILLS = {("128-ranges-512", "3.6"): 17, ("128-ranges-512", "3.9"): 14,
           ("128-dropout-512", "3.6"): 6, ("128-dropout-512", "3.9"): 53}  # yet faster than half the tile, by 8 % on 3.6
 
 

@@ -28,6 +28,7 @@ from .backward_tiles import (
     tile_memory,
 )
 from .backward_wide import consume_wide
+from .common import longest_first
 from .dropout import bits_by_key, drop_by_key
 from .shim import (
     bar_arrive,
@@ -311,7 +312,7 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
 
 _RUNTIME_INTS = [
     "HQ", "GROUP", "SQ", "SK", "tiles", "units", "window_left", "window_right", "threshold", "off_b", "off_h", "off_m",
-    "off_n", "stride_sb", "stride_sh", "stride_tb", "stride_th", "stride_wb", "stride_wh", "stride_ab",
+    "off_n", "section", "stride_sb", "stride_sh", "stride_tb", "stride_th", "stride_wb", "stride_wh", "stride_ab",
     "parts", "D_K", "D_V", "max_q", "max_k",
 ]  # fmt: skip
 
@@ -322,9 +323,11 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
                            dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr,
                            stride_sb, stride_sh, stride_tb, stride_th, stride_wb, stride_wh, stride_ab,
                            scale, softcap, keep_scale, HQ, GROUP, SQ, SK, tiles, units, window_left, window_right,
-                           threshold, off_b, off_h, off_m, off_n, parts, D_K, D_V, max_q, max_k,
+                           threshold, off_b, off_h, off_m, off_n, parts, section, D_K, D_V, max_q, max_k,
                            F: gl.constexpr, T: gl.constexpr):  # fmt: skip
     """dK, dV of 128 keys and their share of dQ / scale, added into float32. Grid: tiles * parts * HKV * B.
+
+    For ``section`` see ``longest_first``: where causal, the first keys meet the most queries.
 
     ``rows_ptr`` and ``dirty_ptr`` [B, HQ, units] and ``seen_ptr`` come from backward_rows.py. For VARLEN, SQ and SK are
     the packed totals, and rows, clean copies and dQ's sums lie in units of their own (see there).
@@ -340,9 +343,9 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
     DO_STAGES: gl.constexpr = 1 if T.WIDE else STAGES
     DQ_COLS: gl.constexpr = 64 if T.WIDE else (D if SUBS == 2 else D // 2)
     pid = gl.program_id(0)
-    tile = pid % tiles
     HK = HQ // GROUP
-    rest = pid // tiles
+    rest, behind = longest_first(pid, tiles * section, section)
+    tile = tiles - 1 - behind
     part = rest % parts
     batch = rest // parts // HK
     head_k = rest // parts % HK

@@ -22,7 +22,7 @@ from .backward_rows import (
     attn_bwd_hopper_rows,
 )
 from .backward_tiles import Schedule
-from .plan import Launch, cap_form, padded, strided, tiles, tma_problem
+from .plan import Launch, cap_form, heads_together, padded, strided, tiles, tma_problem
 from .untimed import taken
 
 HEAD_DIMS = (40, 256)  # below, padding to 64 wastes more than the fused form saves
@@ -134,9 +134,8 @@ def _parts(programs: int, walk: int, multiprocessors: int) -> int:
     return max(1, min(multiprocessors // programs, walk // MIN_STEPS))
 
 
-def _rounding(count: int, scale: float, last_first: bool) -> PortableLaunch:
-    constants = (ROUND_BLOCK, last_first)
-    return PortableLaunch(attn_bwd_hopper_round, -(-count // ROUND_BLOCK), (count // 8, scale), constants)
+def _rounding(count: int, scale: float) -> PortableLaunch:
+    return PortableLaunch(attn_bwd_hopper_round, -(-count // ROUND_BLOCK), (count // 8, scale), (ROUND_BLOCK,))
 
 
 class _Steps:
@@ -178,8 +177,7 @@ class _Steps:
         numbers = (*strides(out), *strides(dout), *plan.qs, *s, *plan.ranges_strides, plan.hq, plan.sq, plan.sk, units,
                    *plan.tail[:2], plan.max_q, all_units)  # fmt: skip
         grid = units * plan.hq * plan.batch
-        last_first = taken("last rows first", named)
-        self.rows = PortableLaunch(attn_bwd_hopper_rows, grid, numbers, (width, dlse is not None, last_first, f))
+        self.rows = PortableLaunch(attn_bwd_hopper_rows, grid, numbers, (width, dlse is not None, f))
 
         seen_strides: tuple[int, ...] = (0, 0)
         self.key_plans, self.keys_seen = _KeyPlans(plan, f), None
@@ -210,20 +208,23 @@ class _Steps:
             _parts(grid, walk, _multiprocessors(q.device)) if schedule.SPLIT is None else 1 + 2 * schedule.SPLIT
         )
         schedule = schedule._replace(SPLIT=self.parts > 1)
+        per_head = plan.max_q * (plan.hq // plan.hkv) * (6 * plan.d + 2 * plan.dv)  # bytes of q, dout and dQ's sums
+        heads, together = self.parts * grid // count, taken("heads together", named)
+        section = heads_together(f, heads, count, per_head) if together else 1
         numbers = (*seen_strides, *self.key_plans.strides, *plan.other_strides[-3:], *plan.numbers()[-7:], count,
-                   all_units, *plan.tail, self.parts, plan.d, plan.dv, plan.max_q, plan.max_k)  # fmt: skip
+                   all_units, *plan.tail, self.parts, section, plan.d, plan.dv, plan.max_q, plan.max_k)  # fmt: skip
         constants = (f._replace(D=width, DV=width_v), schedule)
         self.main = Launch(attn_bwd_hopper_kernel, grid * self.parts, described, numbers, constants)
 
         rows_k = (1 if plan.packed else plan.batch) * plan.hkv * plan.sk
         self.sizes = rows_k * plan.d, rows_k * plan.dv
-        self.round = _rounding(plan.batch * plan.hq * plan.sq * plan.d, plan.scale, last_first)
+        self.round = _rounding(plan.batch * plan.hq * plan.sq * plan.d, plan.scale)
         if plan.packed:
             counts = (plan.hq, plan.sq, units, plan.max_q)
             grid = units * plan.hq * plan.batch
             self.round = PortableLaunch(attn_bwd_hopper_round_packed, grid, (*counts, plan.scale), (plan.d, width))
-        self.round_k = _rounding(self.sizes[0], plan.scale, last_first)
-        self.round_v = _rounding(self.sizes[1], plan.keep_scale, last_first)
+        self.round_k = _rounding(self.sizes[0], plan.scale)
+        self.round_v = _rounding(self.sizes[1], plan.keep_scale)
 
         self.bare = self.parts == 1 and not (plan.packed or self.sanitize or self.weighed or f.HAS_RANGES or f.HAS_SINKS
                                              or f.HAS_ALIBI or f.HAS_DROPOUT)  # fmt: skip

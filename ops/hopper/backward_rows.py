@@ -22,7 +22,7 @@ def attn_bwd_hopper_rows(o_ptr, do_ptr, q_ptr, lse_ptr, dlse_ptr, sinks_ptr, ran
                          stride_ob, stride_oh, stride_om, stride_db, stride_dh, stride_dm, stride_qb, stride_qh,
                          stride_qm, stride_lb, stride_lh, stride_lm, stride_rb, stride_rh, stride_rm, HQ, SQ, SK, units,
                          window_left, window_right, max_q, all_units, WIDTH: tl.constexpr, HAS_DLSE: tl.constexpr,
-                         LAST_FIRST: tl.constexpr, F: tl.constexpr):  # fmt: skip
+                         F: tl.constexpr):  # fmt: skip
     """What the fused kernel asks of 64 query rows (one unit): lse in base 2, delta and, with key_ranges, the keys
     [lo, hi) that each row sees, as float32. Also zeros for dQ's sums, and this unit's share of dsink.
 
@@ -40,8 +40,6 @@ def attn_bwd_hopper_rows(o_ptr, do_ptr, q_ptr, lse_ptr, dlse_ptr, sinks_ptr, ran
     D: tl.constexpr = F.D
     VALUES: tl.constexpr = ROWS * (4 if F.HAS_RANGES else 2)
     pid = tl.program_id(0)
-    if LAST_FIRST:  # the fused kernel begins with the first: their zeros are to be in the L2 cache still
-        pid = tl.num_programs(0) - 1 - pid
     unit = pid % units
     bh = pid // units
     batch = (bh // HQ).to(tl.int64)
@@ -140,16 +138,13 @@ def attn_bwd_hopper_keys_seen(ranges_ptr, plans_ptr, seen_ptr, stride_rp, stride
 
 
 @triton.jit(do_not_specialize=["eighths"])
-def attn_bwd_hopper_round(total_ptr, out_ptr, eighths, scale, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+def attn_bwd_hopper_round(total_ptr, out_ptr, eighths, scale, BLOCK: tl.constexpr):
     """A gradient = scale * its float32 sum, in its own dtype. Grid: 8 * eighths / BLOCK.
 
     In eighths, since head dims are multiples of 8: a bound that may be any number makes every store one element.
     """
     count = eighths.to(tl.int64) * 8
-    pid = tl.program_id(0)
-    if LAST_FIRST:  # what the fused kernel added to last may be in the L2 cache still
-        pid = tl.num_programs(0) - 1 - pid
-    at = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(total_ptr + at, mask=at < count) * scale
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < count)
 

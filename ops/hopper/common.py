@@ -62,6 +62,16 @@ def tile_hull(ranges_ptr, stride_rm, row0, sq, sk, window_left, window_right, RO
 
 
 @gluon.jit
+def longest_first(t, work, section):
+    """The t-th piece of work: its head, and how many tiles of that head come after it.
+
+    ``section`` heads have ``work`` tiles together: first the first tiles of each, then the second ones, ...
+    """
+    at = t % work
+    return t // work * section + at % section, (work - 1 - at) // section
+
+
+@gluon.jit
 def pack_record(values):
     """Up to 16 scalars as one tensor [16], for one warp."""
     at = gl.arange(0, 16, layout=gl.BlockedLayout([1], [32], [1], [0]))

@@ -19,7 +19,7 @@ from ..portable.common import (
     sequence_bounds,
     tile_logits,
 )
-from .common import hide, pack_record, softmax_tile, tile_hull, tile_start, unpack_record, weigh
+from .common import hide, longest_first, pack_record, softmax_tile, tile_hull, tile_start, unpack_record, weigh
 from .dropout import bits_by_row, drop_by_row
 from .shim import (
     bar_arrive,
@@ -41,12 +41,12 @@ K_FREE, V_FREE, TURN, Q_FREE = gl.constexpr(4), gl.constexpr(8), gl.constexpr(12
 
 
 @gluon.jit
-def _item(t, HQ, SQ, SK, max_q, tiles, cu_q_ptr, cu_k_ptr, F: gl.constexpr):
+def _item(t, HQ, SQ, SK, max_q, work, section, cu_q_ptr, cu_k_ptr, F: gl.constexpr):
     """Work item t: batch, head, first row, where its sequences start, and their lengths. Longest rows first."""
-    bh = t // tiles
+    bh, behind = longest_first(t, work, section)
     batch = bh // HQ
     head = bh % HQ
-    row_start = (tiles - 1 - t % tiles) * F.BLOCK_M
+    row_start = behind * F.BLOCK_M
     if F.VARLEN:
         q_start, sq = sequence_bounds(cu_q_ptr, batch, SQ, max_q)
         k_start, sk = sequence_bounds(cu_k_ptr, batch, SK, SK)
@@ -99,7 +99,7 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, weights_s, barrier
     q_full, k_full, v_full, item_full, item_empty = barriers
     ranges_ptr, weight_ptr, cu_q_ptr, cu_k_ptr, counter_ptr = pointers
     stride_rb, stride_rh, stride_rm, stride_wb, stride_wh = strides
-    HQ, GROUP, SQ, SK, max_q, tiles = sizes
+    HQ, GROUP, SQ, SK, max_q, work, section = sizes
     window_left, window_right = window
     t = gl.program_id(0)
     items = t * 0
@@ -107,7 +107,9 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, weights_s, barrier
     values = t * 0
     while t < total:
         coming = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
-        batch, head, row_start, q_start, k_start, sq, sk = _item(t, HQ, SQ, SK, max_q, tiles, cu_q_ptr, cu_k_ptr, F)
+        batch, head, row_start, q_start, k_start, sq, sk = _item(
+            t, HQ, SQ, SK, max_q, work, section, cu_q_ptr, cu_k_ptr, F
+        )
         if row_start < sq:
             ranges = ranges_ptr + head.to(gl.int64) * stride_rh
             if F.VARLEN:
@@ -496,19 +498,20 @@ def _store_rows(o_ptr, staged, q_start, row0, sq, head, HQ, F: gl.constexpr, C: 
 
 
 _RUNTIME_INTS = [
-    "HQ", "GROUP", "SQ", "SK", "max_q", "tiles", "total", "window_left", "window_right", "threshold", "off_b", "off_h",
-    "off_m", "off_n", "stride_rb", "stride_rh", "stride_rm", "stride_wb", "stride_wh", "stride_ab",
+    "HQ", "GROUP", "SQ", "SK", "max_q", "work", "total", "section", "window_left", "window_right", "threshold",
+    "off_b", "off_h", "off_m", "off_n", "stride_rb", "stride_rh", "stride_rm", "stride_wb", "stride_wh", "stride_ab",
 ]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=_RUNTIME_INTS)
 def attn_fwd_hopper_kernel(q_desc, k_desc, v_desc, o_desc, ranges_ptr, weight_ptr, slopes_ptr, sinks_ptr, seed_ptr,
                            cu_q_ptr, cu_k_ptr, o_ptr, lse_ptr, counter_ptr, stride_rb, stride_rh, stride_rm, stride_wb,
-                           stride_wh, stride_ab, scale, softcap, keep_scale, HQ, GROUP, SQ, SK, max_q, tiles, total,
-                           window_left, window_right, threshold, off_b, off_h, off_m, off_n,
+                           stride_wh, stride_ab, scale, softcap, keep_scale, HQ, GROUP, SQ, SK, max_q, work, total,
+                           section, window_left, window_right, threshold, off_b, off_h, off_m, off_n,
                            F: gl.constexpr, C: gl.constexpr):  # fmt: skip
-    """out and lse. ``total`` = tiles * HQ * B items of 64 * C.GROUPS rows; any grid up to that.
+    """out and lse. ``total`` = HQ * B * tiles items of 64 * C.GROUPS rows; any grid up to that.
 
+    ``section`` of the HQ * B heads, a divisor, go together, with their ``work`` items: see ``longest_first``.
     ``counter_ptr`` points at two zeros, and leaves zeros. For VARLEN, SQ and SK are the packed totals.
     """
     GROUPS: gl.constexpr = C.GROUPS
@@ -548,7 +551,7 @@ def attn_fwd_hopper_kernel(q_desc, k_desc, v_desc, o_desc, ranges_ptr, weight_pt
     produced = ((q_desc, k_desc, v_desc), (q_s, k_s, v_s), weights_s, loads, record_s,
                 (ranges_ptr, weight_ptr, cu_q_ptr, cu_k_ptr, counter_ptr),
                 (stride_rb, stride_rh, stride_rm, stride_wb, stride_wh),
-                (HQ, GROUP, SQ, SK, max_q, tiles), (window_left, window_right), total)  # fmt: skip
+                (HQ, GROUP, SQ, SK, max_q, work, section), (window_left, window_right), total)  # fmt: skip
     numbers = (scale, softcap, keep_scale, window_left, window_right, threshold, off_b, off_h, off_m, off_n)
     consumed = (o_desc, (q_s, k_s, v_s, o_s, weights_s), loads + (cleaned,), record_s,
                 (ranges_ptr, weight_ptr, slopes_ptr, sinks_ptr, seed_ptr, o_ptr, lse_ptr),

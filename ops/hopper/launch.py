@@ -21,7 +21,7 @@ from ..spec import Gradients, Needs, Spec, Varlen, new_strided
 from ..tuning import architecture
 from . import backward_launch as fused
 from .forward import attn_fwd_hopper_kernel
-from .plan import HopperConfig, Launch, strided, tiles, tma_problem, variant
+from .plan import HopperConfig, Launch, heads_together, strided, tiles, tma_problem, variant
 from .untimed import taken, untimed
 
 MAX_HEAD_DIM = 256
@@ -101,8 +101,11 @@ def _forward_launch(
     count, total = plan.grid(f.BLOCK_M, plan.max_q, plan.hq)
     described = [tiles(q, 64, cut.D), tiles(k, f.BLOCK_N, cut.D), tiles(v, f.BLOCK_N, cut.DV), tiles(out, 64, cut.DV)]
     weight_strides = plan.other_strides[8:]
+    per_head = max(1, plan.max_k * (plan.d + plan.dv) * 2 * plan.hkv // plan.hq)  # bytes of k and v
+    section = heads_together(f, plan.hq * plan.batch, count, per_head) if taken("heads together", named) else 1
     numbers = (*plan.ranges_strides, *weight_strides, plan.scale, plan.softcap, plan.keep_scale, plan.hq,
-               plan.hq // plan.hkv, plan.sq, plan.sk, plan.max_q, count, total, *plan.tail)  # fmt: skip
+               plan.hq // plan.hkv, plan.sq, plan.sk, plan.max_q, count * section, total, section,
+               *plan.tail)  # fmt: skip
     grid = min(total, multiprocessors(q.device) * config.programs)
     registers = None if config.programs == 1 else LAUNCH_REGISTERS // config.programs
     return Launch(attn_fwd_hopper_kernel, grid, described, numbers, (f, cut), registers)

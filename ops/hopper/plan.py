@@ -92,6 +92,23 @@ def variant(plan: Plan, config: HopperConfig | None = None, named: bool = False)
     return f, cut, config
 
 
+TILES_TOGETHER = 256  # about two for each multiprocessor
+L2_BYTES = 20 << 20  # of an H100's 50 MB, which lie in two halves
+
+
+def heads_together(f: Features, heads: int, tiles: int, bytes_of_head: int) -> int:
+    """How many of ``heads`` heads work off their ``tiles`` tiles longest first together.
+
+    Head by head, the last one's long tiles begin when the other multiprocessors have little left to do: a causal call
+    of 64 heads of 32 tiles takes 6 % longer than its work on 132 multiprocessors, one of 32 heads 13 %. So a section
+    is to have many tiles. What it reads over and over should stay in the L2 cache.
+    """
+    if not (f.CAUSAL or f.HAS_LEFT or f.HAS_RIGHT or f.HAS_RANGES):
+        return 1
+    most = max(1, min(heads, L2_BYTES // bytes_of_head))
+    return max((n for n in range(1, most + 1) if heads % n == 0), key=lambda n: min(n * tiles, TILES_TOGETHER))
+
+
 class Tiles(NamedTuple):
     """What makes tensor descriptors of one tensor's signature: its sizes, strides and the block of one copy."""
 

@@ -54,6 +54,12 @@ class Array(np.ndarray):
             return array(rounded(self, dtype))
         return array(np.asarray(self).astype(INTS[dtype.name]))
 
+    def permute(self, *order: int) -> Array:
+        return array(np.transpose(self, order))
+
+    def split(self) -> tuple[Array, Array]:
+        return array(self[..., 0]), array(self[..., 1])
+
     def __floordiv__(self, other: Any) -> Array:
         a, b = np.asarray(self), np.asarray(other)
         return array(np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b)))

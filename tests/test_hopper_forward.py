@@ -151,8 +151,9 @@ MUTATIONS = {
     "keys-released-before-their-product-is-done": (f"{WAIT}{BETWEEN}{RELEASE}", f"{RELEASE}{BETWEEN}{WAIT}"),
     "wrong-phase": ("((count + 1) // STAGES) & 1)", "(((count + 1) // STAGES) & 1) ^ 1)"),
     "values-loaded-over-values-in-use": ("if values >= STAGES:", "if values >= 99:"),
-    "no-fence": (f"fence_async_shared(){INDENT}tma_store(", "tma_store("),
-    "out-overwritten": ("tma_store_wait(0)  # of the item before, from the same memory", "pass"),
+    "no-fence": (f"fence_async_shared(){INDENT}    tma_store(", "tma_store("),
+    "out-overwritten": ("tma_store_wait(0)  # of what was staged in the same memory before", "pass"),
+    "queries-loaded-over-queries-in-use": ("if items >= SLOTS:", "if items >= 99:"),
     "tile-not-masked": ("n0, i < masked, lo", "n0, i < masked - 1, lo"),
     "values-not-cleaned": ("_clean_values(v, n0, i, plan, seen, removed, q_row0, rules, weight_ptr, F, C)", "pass"),
     "one-phase-for-all-stages": ("phases = phases ^ (1 << stage)", "phases = phases ^ 1"),
@@ -187,8 +188,8 @@ def test_emulator_notices(old: str, new: str, tmp_path: Path, monkeypatch: pytes
 
 VARIANTS = ("128-causal-512", "128-ranges-512", "128-dropout-512")
 # spill stores beyond 0: of the producer warp, which waits most of its time
-SPILLS = {("128-ranges-512", "3.6"): 17, ("128-ranges-512", "3.9"): 14,
-          ("128-dropout-512", "3.6"): 6, ("128-dropout-512", "3.9"): 53}  # yet faster than half the tile, by 8 % on 3.6
+SPILLS = {("128-causal-512", "3.6"): 3, ("128-ranges-512", "3.6"): 19, ("128-ranges-512", "3.9"): 14,
+          ("128-dropout-512", "3.6"): 8, ("128-dropout-512", "3.9"): 53}  # yet faster than half the tile, by 8 % on 3.6
 
 
 def test_compiles_within_limits_and_overlaps() -> None:
@@ -209,8 +210,8 @@ def test_compiles_within_limits_and_overlaps() -> None:
             assert products == 16, costs
             assert between >= 64, costs
             assert after == 0, costs
-        # ours are 4 to 15; a compiler that took one of them would make warps wait for the wrong thing
-        assert {n for n in costs["barriers"] if n >= 4} == {12, 13, 15}, costs
+        # ours are 4 to 15, most computed; a compiler that took one of them would make warps wait for the wrong thing
+        assert {n for n in costs["barriers"] if n >= 4} == {12, 13}, costs
 
 
 REFUSED = [

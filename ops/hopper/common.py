@@ -26,7 +26,8 @@ class Cut(NamedTuple):
     SPLIT: bool  # a block boundary keeps the wait for P V behind the softmax
     REGISTERS: int
     LOGITS: Features  # the features without key_log_weight, which the kernel adds itself
-    SHARE: bool  # out is staged where the queries were, for want of room
+    Q_SLOTS: int  # 2: the queries of the next item are loaded during this one
+    OUT_COLUMNS: int  # of out, staged at once
     STAGED: bool = False  # the producer brings key_log_weight through shared memory, in base 2
 
 

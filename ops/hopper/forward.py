@@ -36,8 +36,9 @@ from .shim import (
 )
 
 CLEANED_ROWS = gl.constexpr(32)
-# named barriers: stage s of K or V is free (4 stages each), warpgroup g's turn at the matrix unit, Q is free
-K_FREE, V_FREE, TURN, Q_FREE = gl.constexpr(4), gl.constexpr(8), gl.constexpr(12), gl.constexpr(15)
+# named barriers: stage s of K or V is free (up to 3 stages), warpgroup g's turn at the matrix unit, and 8 apart slot s of
+# the queries is free
+K_FREE, V_FREE, TURN, Q_FREE = gl.constexpr(4), gl.constexpr(8), gl.constexpr(12), gl.constexpr(7)
 
 
 @gluon.jit
@@ -93,6 +94,7 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, weights_s, barrier
     """The producer warp: takes items, and loads the queries once and K and V of every tile as stages come free."""
     GROUPS: gl.constexpr = C.GROUPS
     STAGES: gl.constexpr = C.STAGES
+    SLOTS: gl.constexpr = C.Q_SLOTS
     BLOCK_N: gl.constexpr = F.BLOCK_N
     q_desc, k_desc, v_desc = descs
     q_s, k_s, v_s = memory
@@ -127,11 +129,13 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, weights_s, barrier
             mbarrier.wait(item_empty, (items & 1) ^ 1)
             record_s.store(pack_record((batch, head, row_start, q_start, k_start, sq, sk, first, last, gaps) + plan))
             mbarrier.arrive(item_full, count=1)
-            if items > 0:
-                bar_sync(Q_FREE, GROUPS * 128 + 32)
-            mbarrier.expect(q_full, GROUPS * q_desc.block_type.nbytes)
+            slot = items & (SLOTS - 1)
+            if items >= SLOTS:
+                bar_sync(Q_FREE + slot * 8, GROUPS * 128 + 32)
+            mbarrier.expect(q_full.index(slot), GROUPS * q_desc.block_type.nbytes)
             for g in gl.static_range(GROUPS):
-                tma_load(q_desc, [tma_batch, head, q_start + row_start + g * 64, 0], q_full, q_s.index(g))
+                at = [tma_batch, head, q_start + row_start + g * 64, 0]
+                tma_load(q_desc, at, q_full.index(slot), q_s.index(slot * GROUPS + g))
             head_k = head // GROUP
             weights = weight_ptr + head_k.to(gl.int64) * stride_wh
             if F.VARLEN:
@@ -165,8 +169,8 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, weights_s, barrier
     mbarrier.wait(item_empty, (items & 1) ^ 1)
     record_s.store(pack_record((-1,)))
     mbarrier.arrive(item_full, count=1)
-    if items > 0:  # leave no barrier half full
-        bar_sync(Q_FREE, GROUPS * 128 + 32)
+    for slot in range(gl.minimum(items, SLOTS)):  # leave no barrier half full
+        bar_sync(Q_FREE + slot * 8, GROUPS * 128 + 32)
     for stage in range(gl.minimum(count, STAGES)):
         bar_sync(K_FREE + stage, GROUPS * 128 + 32)
         bar_sync(V_FREE + stage, GROUPS * 128 + 32)
@@ -285,11 +289,20 @@ def _tile_softmax(s, m, l, n0, masked, lo, hi, row, weight, removed, bits, terms
 
 
 @gluon.jit
+def _queries(q_s, items, GROUP: gl.constexpr, C: gl.constexpr):
+    """Where a warpgroup's 64 rows of the queries of item number ``items`` lie."""
+    if C.Q_SLOTS == 1:
+        return q_s.index(GROUP).reshape([64, C.D])
+    else:
+        return q_s.index(items % C.Q_SLOTS * C.GROUPS + GROUP).reshape([64, C.D])
+
+
+@gluon.jit
 def _first_product(going, q, k_s, q_full, k_full, items, count, zero, F: gl.constexpr, C: gl.constexpr):
     """Q K^T of an item's first tile, in flight; of whatever lies there where no item is to come (going < 0)."""
     stage = count % C.STAGES
     if going >= 0:
-        mbarrier.wait(q_full, items & 1)
+        mbarrier.wait(q_full.index(items % C.Q_SLOTS), (items // C.Q_SLOTS) & 1)
         mbarrier.wait(k_full.index(stage), (count // C.STAGES) & 1)
     k = k_s.index(stage).reshape([F.BLOCK_N, C.D]).permute((1, 0))
     return warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
@@ -317,9 +330,8 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
     HQ, KV_GROUP, SQ, SK = sizes
     scale, softcap, keep_scale, window_left, window_right, threshold, off_b, off_h, off_m, off_n = numbers
     dtype: gl.constexpr = k_s.dtype
-    q = q_s.index(GROUP).reshape([64, D])
     o = o_s.index(GROUP)
-    o_flat = o.reshape([64, DV])
+    o_flat = o.reshape([64, C.OUT_COLUMNS])
     zero = gl.zeros([64, BLOCK_N], gl.float32, LS)
 
     mbarrier.wait(item_full, 0)
@@ -330,9 +342,11 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
     phases = record[0] * 0
     if C.TURNS and GROUP == GROUPS - 1:
         bar_arrive(TURN, 256)
-    s = _first_product(record[0], q, k_s, q_full, k_full, items, count, zero, F, C)
+    s = _first_product(record[0], _queries(q_s, items, GROUP, C), k_s, q_full, k_full, items, count, zero, F, C)
     s = warpgroup_mma_wait(0, deps=(s,))
     while record[0] >= 0:
+        q = _queries(q_s, items, GROUP, C)
+        q_free = Q_FREE + items % C.Q_SLOTS * 8
         batch, head, row_start, q_start, k_start, sq, sk, first, last, gaps = record[:10]
         start, full_start, full_tiles, left, masked = record[10:]
         n_tiles = masked + full_tiles
@@ -370,9 +384,8 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
         acc = gl.zeros([64, DV], gl.float32, LO)
 
         bar_arrive(K_FREE + count % STAGES, GROUPS * 128 + 32)
-        if not C.SHARE:  # noqa: SIM102 (a branch at run time inside one at compile time)
-            if n_tiles == 1:
-                bar_arrive(Q_FREE, GROUPS * 128 + 32)
+        if n_tiles == 1:
+            bar_arrive(q_free, GROUPS * 128 + 32)
         n0 = tile_start(0, plan, BLOCK_N)
         if C.STAGED:
             weight, removed = _staged_weights(weights_s, count, COL, C)
@@ -409,9 +422,8 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             if C.STAGED:
                 weight, removed = _staged_weights(weights_s, count + 1, COL, C)
             bar_arrive(K_FREE + stage, GROUPS * 128 + 32)
-            if not C.SHARE:  # noqa: SIM102
-                if i == n_tiles - 1:
-                    bar_arrive(Q_FREE, GROUPS * 128 + 32)
+            if i == n_tiles - 1:
+                bar_arrive(q_free, GROUPS * 128 + 32)
             p, m, l, alpha = _tile_softmax(
                 s, m, l, n0, i < masked, lo, hi, row, weight, removed, bits, terms, rules, LS, dtype, F, C
             )
@@ -449,8 +461,9 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
         mbarrier.wait(item_full, items & 1)
         record = unpack_record(record_s, 15)
         mbarrier.arrive(item_empty, count=1)
-        if not C.SHARE:  # the next item's first product runs under what is left of this one
-            s = _first_product(record[0], q, k_s, q_full, k_full, items, count, zero, F, C)
+        # the next item's first product runs under what is left of this one
+        q = _queries(q_s, items, GROUP, C)
+        s = _first_product(record[0], q, k_s, q_full, k_full, items, count, zero, F, C)
 
         # a row that met no key: l is 0, or it holds the sink alone, and acc is 0 either way
         nothing = l == 0.0
@@ -462,24 +475,21 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             lse = gl.where(alone & (m == sink * LOG2E), sink, lse)
         gl.store(lse_at + row, lse, mask=row < sq)
         factor = gl.convert_layout(keep_scale / l_safe, ROW_O)
-        tma_store_wait(0)  # of the item before, from the same memory
-        if C.SHARE:
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-        else:
-            acc = warpgroup_mma_wait(1, deps=(acc,))
+        acc = warpgroup_mma_wait(1, deps=(acc,))
         bar_arrive(V_FREE + stage, GROUPS * 128 + 32)
-        o_flat.store((acc * factor[:, None]).to(dtype))
-        if F.VARLEN:  # a bulk store would not stop at the sequence's end
-            _store_rows(o_ptr, o_flat, q_start, row_start + GROUP * 64, sq, head, HQ, F, C)
-        else:
-            fence_async_shared()
-            tma_store(o_desc, [batch, head, row_start + GROUP * 64, 0], o)
-        if C.SHARE:
-            tma_store_wait(0)
-            if F.VARLEN:
-                fence_async_shared()  # queries come over what was stored here without a bulk copy
-            bar_arrive(Q_FREE, GROUPS * 128 + 32)
-            s = _first_product(record[0], q, k_s, q_full, k_full, items, count, zero, F, C)
+        result = (acc * factor[:, None]).to(dtype)
+        HALVES: gl.constexpr = DV // C.OUT_COLUMNS
+        parts = (result,)
+        if HALVES == 2:
+            parts = result.reshape([64, 2, C.OUT_COLUMNS]).permute(0, 2, 1).split()
+        for half in gl.static_range(HALVES):
+            tma_store_wait(0)  # of what was staged in the same memory before
+            o_flat.store(parts[half])
+            if F.VARLEN:  # a bulk store would not stop at the sequence's end
+                _store_rows(o_ptr, o_flat, q_start, row_start + GROUP * 64, half * C.OUT_COLUMNS, sq, head, HQ, F, C)
+            else:
+                fence_async_shared()
+                tma_store(o_desc, [batch, head, row_start + GROUP * 64, half * C.OUT_COLUMNS], o)
         s = warpgroup_mma_wait(0, deps=(s,))
     tma_store_wait(0)
     if C.TURNS and GROUP == 0:
@@ -487,12 +497,12 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
 
 
 @gluon.jit
-def _store_rows(o_ptr, staged, q_start, row0, sq, head, HQ, F: gl.constexpr, C: gl.constexpr):
-    """Rows of a packed out [T, Hq, DV] that are inside their sequence, from where they are staged."""
-    LANES: gl.constexpr = C.DV // 8
+def _store_rows(o_ptr, staged, q_start, row0, column, sq, head, HQ, F: gl.constexpr, C: gl.constexpr):
+    """Rows of a packed out [T, Hq, DV], from a column on, that are inside their sequence, from where they are staged."""
+    LANES: gl.constexpr = C.OUT_COLUMNS // 8
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
     row = row0 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
-    d = gl.arange(0, C.DV, layout=gl.SliceLayout(0, LAYOUT))
+    d = column + gl.arange(0, C.OUT_COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
     at = o_ptr + ((q_start + row).to(gl.int64) * HQ + head)[:, None] * F.DV + d[None, :]
     gl.store(at, staged.load(LAYOUT), mask=(row < sq)[:, None] & (d < F.DV)[None, :])
 
@@ -515,18 +525,16 @@ def attn_fwd_hopper_kernel(q_desc, k_desc, v_desc, o_desc, ranges_ptr, weight_pt
     ``counter_ptr`` points at two zeros, and leaves zeros. For VARLEN, SQ and SK are the packed totals.
     """
     GROUPS: gl.constexpr = C.GROUPS
+    SLOTS: gl.constexpr = C.Q_SLOTS
     STAGES: gl.constexpr = C.STAGES
     BLOCK_N: gl.constexpr = F.BLOCK_N
     dtype: gl.constexpr = q_desc.dtype
-    q_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, 64, C.D], q_desc.layout)
+    q_s = gl.allocate_shared_memory(dtype, [SLOTS * GROUPS, 1, 1, 64, C.D], q_desc.layout)
     k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, C.D], k_desc.layout)
     v_s = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, C.DV], v_desc.layout)
-    if C.SHARE:
-        o_s = q_s
-    else:
-        o_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, 64, C.DV], o_desc.layout)
+    o_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, 64, C.OUT_COLUMNS], o_desc.layout)
     record_s = gl.allocate_shared_memory(gl.int32, [16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     item_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     item_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -538,7 +546,8 @@ def attn_fwd_hopper_kernel(q_desc, k_desc, v_desc, o_desc, ranges_ptr, weight_pt
         values_s = gl.allocate_shared_memory(gl.float32, [STAGES + 1, BLOCK_N], PLAIN)
         removed_s = gl.allocate_shared_memory(gl.int32, [STAGES + 1, 1], PLAIN)
         weights_s = (values_s, removed_s)
-    mbarrier.init(q_full, count=1)
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(q_full.index(i), count=1)
     mbarrier.init(item_full, count=1)
     mbarrier.init(item_empty, count=GROUPS)
     for i in gl.static_range(STAGES):

@@ -99,7 +99,9 @@ def _forward_launch(
 ) -> Launch:
     f, cut, config = variant(plan, config, named)
     count, total = plan.grid(f.BLOCK_M, plan.max_q, plan.hq)
-    described = [tiles(q, 64, cut.D), tiles(k, f.BLOCK_N, cut.D), tiles(v, f.BLOCK_N, cut.DV), tiles(out, 64, cut.DV)]
+    described = [
+        tiles(q, 64, cut.D), tiles(k, f.BLOCK_N, cut.D), tiles(v, f.BLOCK_N, cut.DV), tiles(out, 64, cut.OUT_COLUMNS),
+    ]  # fmt: skip
     weight_strides = plan.other_strides[8:]
     per_head = max(1, plan.max_k * (plan.d + plan.dv) * 2 * plan.hkv // plan.hq)  # bytes of k and v
     section = heads_together(f, plan.hq * plan.batch, count, per_head) if taken("heads together", named) else 1

@@ -88,7 +88,8 @@ def variant(plan: Plan, config: HopperConfig | None = None, named: bool = False)
     f = f._replace(BLOCK_M=GROUP_ROWS * config.groups, BLOCK_N=config.block_n, SANITIZE=f.SANITIZE or plan.packed,
                    CAP_FORM=config.cap_form)  # fmt: skip
     cut = Cut(d, dv, config.groups, config.stages, config.turns, config.split, config.registers,
-              f._replace(HAS_WEIGHT=False), d == dv == 256, config.staged and f.HAS_WEIGHT)  # fmt: skip
+              f._replace(HAS_WEIGHT=False), 2 if max(d, dv) <= 128 else 1, min(dv, 128),
+              config.staged and f.HAS_WEIGHT)  # fmt: skip
     return f, cut, config
 
 

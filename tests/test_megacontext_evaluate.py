@@ -13,7 +13,7 @@ from patch_models import VOCAB, causal_model
 from benchmarks import sections
 from hf_flash_mc.megacontext import evaluate as evaluation
 from hf_flash_mc.megacontext import peers
-from hf_flash_mc.megacontext.attach import attach_megacontext, cache_argument
+from hf_flash_mc.megacontext.attach import attach_megacontext, cache_argument, detach_megacontext
 from hf_flash_mc.megacontext.config import MegaContextConfig
 from hf_flash_mc.megacontext.io import CONFIG
 from hf_flash_mc.megacontext.lensnet import OracleLens
@@ -73,6 +73,43 @@ def test_every_lens_expands_as_many_and_the_oracle_the_best_by_the_first_half() 
         session.restore(before)
     best = int(np.argmin([cost[:32].mean() for cost in costs]))
     assert np.allclose(found["oracle x1"], costs[best], atol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("backend", ["kv", "embedding"])
+def test_lenses_see_what_the_whole_tail_attends_to(tmp_path: Path, backend: str, heads: bool) -> None:
+    """Not what the targets attend to, which were run before, nor the last token alone."""
+    model, ids = causal_model("llama"), windows(1, 60 + evaluation.TARGETS)[0]
+    sizes = {"block_size": 4, "max_lod": 1, "w_max": 192, "sink_tokens": 4, "recent_tokens": 8}
+    attach_megacontext(model, MegaContextConfig(**sizes, backend=backend, gist={}))
+    session = model.megacontext.session(observe=8, recall=False)
+    session.ingest(ids[:60])
+    evaluation.collapse_all(session)
+    queries = session.cache.last_queries()
+    assert queries.shape[2] == 8
+    evaluation.target_losses(session, ids[60:])  # reads the last token again, which now sees gists
+    session.cache.set_queries(queries)
+    wanted = session.attention_mass()
+    model.megacontext.save_pretrained(tmp_path)
+    detach_megacontext(model)
+    seen = []
+
+    def note(context):
+        seen.append(context.attention_mass)
+        return context.attention_mass
+
+    def noting(config):
+        return OracleLens(config, note)
+
+    lenses = {"first": noting, "second": noting}
+    options = {"block": 4, "sink": 4, "tail": 8, "lenses": lenses, "baselines": not heads}
+    if heads or backend == "embedding":
+        options["heads"] = tmp_path
+    Setting(**options).attach(model, 60)
+    measure_window(model, ids, Setting(**options), 0)
+    assert len(seen) == 2
+    for mass in seen:
+        torch.testing.assert_close(mass, wanted)
 
 
 def never(config):

@@ -126,11 +126,12 @@ def hidden_gists(session: MegaContextSession) -> Iterator[None]:
 @torch.no_grad()
 def target_losses(session: MegaContextSession, targets: Tensor) -> np.ndarray:
     """Loss of each target token [n] after the history; the history is left as it was."""
-    session.reread(1)  # the last token too sees the working context as it is now
-    logits = [session.next_logits()[None].cpu()]
-    logits.append(session.ingest(targets[:-1], return_logits=True))  # type: ignore[arg-type]
+    last = session.tokens(len(session) - 1)
+    session.rewind(1)  # the last token too sees the working context as it is now, in the same forward
+    logits = session.ingest(torch.cat((last, targets[:-1])), return_logits=True)
+    assert logits is not None
     session.rewind(len(targets) - 1)
-    return _losses(torch.cat(logits), targets)
+    return _losses(logits, targets)
 
 
 def _losses(logits: Tensor, targets: Tensor) -> np.ndarray:
@@ -200,11 +201,13 @@ def measure_window(
 
     session.ingest(context)
     if setting.baselines:
+        queries = session.cache.last_queries()
         measure("whole")
+        session.cache.set_queries(queries)  # the targets' took their places
     collapse_all(session)
+    queries = session.cache.last_queries()  # of the tail, which is what lenses may know of what is asked for
     if not kv:
         found[name("drop, read again")] = dropped_and_read_again(model, session, targets)
-    queries = session.cache.queries.clone()
     if setting.baselines:
         with hidden_gists(session):
             measure("drop")
@@ -212,7 +215,7 @@ def measure_window(
     original = addon.lens
     scores: dict[str, Any] = {}
     for lens, make in lenses.items():
-        session.cache.queries.copy_(queries)  # the tail as it was read
+        session.cache.set_queries(queries)
         addon.lens = make()
         scores[lens] = session.scores()
     addon.lens = original

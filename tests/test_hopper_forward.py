@@ -115,15 +115,14 @@ def test_tiles_of_several_heads_together(together: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "tiles", "size", "found"),
-    [(64, 32, 2 << 20, 8), (12, 32, 2 << 20, 6), (13, 32, 2 << 20, 1), (32, 32, 4 << 20, 4), (16, 128, 8 << 20, 2),
-     (4, 1024, 1 << 30, 1)],
-)  # fmt: skip
-def test_how_many_heads_go_together(heads: int, tiles: int, size: int, found: int) -> None:
-    """A section is no larger than the L2 cache, and all are of one size."""
+    ("heads", "tiles", "found"),
+    [(64, 32, 16), (256, 8, 32), (12, 32, 12), (13, 32, 13), (37, 16, 1), (16, 128, 4), (4, 600, 1)],
+)
+def test_how_many_heads_go_together(heads: int, tiles: int, found: int) -> None:
+    """512 tiles and no more than 32 heads; all sections are of one size."""
     f = features(Config(64, 64, 4, 1), 64, 64, (True, *[False] * (len(FLAGS) - 1)))
-    assert hopper_plan.heads_together(f, heads, tiles, size) == found
-    assert hopper_plan.heads_together(f._replace(CAUSAL=False), heads, tiles, size) == 1
+    assert hopper_plan.heads_together(f, heads, tiles, *launch.TOGETHER) == found
+    assert hopper_plan.heads_together(f._replace(CAUSAL=False), heads, tiles, *launch.TOGETHER, 4) in (1, 2, 4)
 
 
 STAGED = HopperConfig(2, 32, 2, True, staged=True)

@@ -30,9 +30,9 @@ NARROW = 64  # no form has a head dim up to this beside one above 128
 ROUND_BLOCK = 2048
 MIN_STEPS = 4  # of a program that shares a key tile
 MAX_KEYS_IN_RANGES = 1 << 24  # the kernel compares them as float32
-# by padded head dim; AHEAD was 2 to 5 % faster at 128 on an H100, in a run that did not look at its values
-SCHEDULES = {64: Schedule(SUBS=2, K_REGS=True), 128: Schedule(), 256: Schedule(WIDE=True)}
-DROPOUT_64 = Schedule()  # two sub-tiles spill 140 registers
+TOGETHER = 256, 16  # tiles and heads: see heads_together
+# by padded head dim; AHEAD is 3 to 8 % faster at 128 on an H100, but with softcap, where it spills, 17 % slower
+SCHEDULES = {64: Schedule(SUBS=2, K_REGS=True), 128: Schedule(AHEAD=True), 256: Schedule(WIDE=True)}
 _ABSENT = (0,) * 11  # the addresses of what the fused kernel reads or writes where its features ask for it
 Configs = dict[str, Schedule]
 
@@ -156,9 +156,11 @@ class _Steps:
     ):
         width, width_v = padded(plan.d), padded(plan.dv)
         widest = max(width, width_v)
-        shipped = DROPOUT_64 if widest == 64 and plan.keep_scale != 1 else SCHEDULES[widest]
-        if plan.softcap > 0 and taken("softcap", named):
-            shipped = shipped._replace(CAP_FORM=cap_form(plan.dtype))
+        shipped = SCHEDULES[widest]
+        if plan.softcap > 0:
+            shipped = shipped._replace(AHEAD=False)
+            if taken("softcap", named):
+                shipped = shipped._replace(CAP_FORM=cap_form(plan.dtype))
         schedule = schedule or tuned("hopper_bwd", plan, Schedule) or shipped
         block, keys = 64 * schedule.SUBS, 64 if schedule.WIDE else 128
         f = features(Config(block, keys, 4, 1), plan.d, plan.dv, plan.flags, weight_grad=weighed)
@@ -208,9 +210,7 @@ class _Steps:
             _parts(grid, walk, _multiprocessors(q.device)) if schedule.SPLIT is None else 1 + 2 * schedule.SPLIT
         )
         schedule = schedule._replace(SPLIT=self.parts > 1)
-        per_head = plan.max_q * (plan.hq // plan.hkv) * (6 * plan.d + 2 * plan.dv)  # bytes of q, dout and dQ's sums
-        heads, together = self.parts * grid // count, taken("heads together", named)
-        section = heads_together(f, heads, count, per_head) if together else 1
+        section = heads_together(f, self.parts * grid // count, count, *TOGETHER)
         numbers = (*seen_strides, *self.key_plans.strides, *plan.other_strides[-3:], *plan.numbers()[-7:], count,
                    all_units, *plan.tail, self.parts, section, plan.d, plan.dv, plan.max_q, plan.max_k)  # fmt: skip
         constants = (f._replace(D=width, DV=width_v), schedule)

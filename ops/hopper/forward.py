@@ -36,8 +36,8 @@ from .shim import (
 )
 
 CLEANED_ROWS = gl.constexpr(32)
-# named barriers: stage s of K or V is free (up to 3 stages), warpgroup g's turn at the matrix unit, and 8 apart slot s of
-# the queries is free
+# named barriers: stage s of K or V is free (up to 3 stages), warpgroup g's turn at the matrix unit, and slot s of the
+# queries is free, 8 apart
 K_FREE, V_FREE, TURN, Q_FREE = gl.constexpr(4), gl.constexpr(8), gl.constexpr(12), gl.constexpr(7)
 
 
@@ -150,11 +150,11 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, weights_s, barrier
                         weight = _lane_weights(weights, n0 - k_start, sk, F)
                     if count >= STAGES:
                         bar_sync(K_FREE + stage, GROUPS * 128 + 32)
+                    mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+                    tma_load(k_desc, [tma_batch, head_k, n0, 0], k_full.index(stage), k_s.index(stage))
                     if C.STAGED:
                         _stage_weights(weights_s, count % (STAGES + 1), weight)
                         mbarrier.arrive(k_full.index(stage), count=1)
-                    mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                    tma_load(k_desc, [tma_batch, head_k, n0, 0], k_full.index(stage), k_s.index(stage))
                     count += 1
                 if i > 0:
                     stage = values % STAGES
@@ -498,7 +498,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
 
 @gluon.jit
 def _store_rows(o_ptr, staged, q_start, row0, column, sq, head, HQ, F: gl.constexpr, C: gl.constexpr):
-    """Rows of a packed out [T, Hq, DV], from a column on, that are inside their sequence, from where they are staged."""
+    """Rows of a packed out [T, Hq, DV], from ``column`` on, that are in their sequence, from where they are staged."""
     LANES: gl.constexpr = C.OUT_COLUMNS // 8
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
     row = row0 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))

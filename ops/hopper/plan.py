@@ -93,21 +93,17 @@ def variant(plan: Plan, config: HopperConfig | None = None, named: bool = False)
     return f, cut, config
 
 
-TILES_TOGETHER = 256  # about two for each multiprocessor
-L2_BYTES = 20 << 20  # of an H100's 50 MB, which lie in two halves
-
-
-def heads_together(f: Features, heads: int, tiles: int, bytes_of_head: int) -> int:
-    """How many of ``heads`` heads work off their ``tiles`` tiles longest first together.
+def heads_together(f: Features, heads: int, tiles: int, work: int, most: int, alike: int = 1) -> int:
+    """How many of ``heads`` heads work off their ``tiles`` tiles longest first together: at least ``work`` tiles.
 
     Head by head, the last one's long tiles begin when the other multiprocessors have little left to do: a causal call
-    of 64 heads of 32 tiles takes 6 % longer than its work on 132 multiprocessors, one of 32 heads 13 %. So a section
-    is to have many tiles. What it reads over and over should stay in the L2 cache.
+    of 64 heads of 32 tiles takes 6 % longer than its work on 132 multiprocessors, one of 32 heads 13 %. And programs
+    that walk the same keys at the same time wait for each other. Of too many heads (``most``), the L2 cache does not
+    hold what is read again. Where all tiles are alike, only that counts, and ``alike`` heads go together.
     """
     if not (f.CAUSAL or f.HAS_LEFT or f.HAS_RIGHT or f.HAS_RANGES):
-        return 1
-    most = max(1, min(heads, L2_BYTES // bytes_of_head))
-    return max((n for n in range(1, most + 1) if heads % n == 0), key=lambda n: min(n * tiles, TILES_TOGETHER))
+        work, most = alike * tiles, alike
+    return max((n for n in range(1, min(heads, most) + 1) if heads % n == 0), key=lambda n: min(n * tiles, work))
 
 
 class Tiles(NamedTuple):

@@ -10,7 +10,6 @@ AUTO_TAKES = {
     "backward of wide heads": True,  # the fused one of head dims above 128; else the portable pair
     "softcap": True,  # tanh by the instructions that plan.cap_form and backward_launch name; else by a division
     "key_log_weight": True,  # through shared memory, plan.STAGED; else plan.WEIGHT
-    "heads together": True,  # tiles of several heads longest first, see plan.heads_together; else head by head
 }
 
 

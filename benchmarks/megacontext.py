@@ -6,18 +6,18 @@ python -m benchmarks.megacontext --shape tiny --entries 64 --size 64 --window 32
 - lens: one score of ``--entries`` entries of size ``--size``, as a session runs it on a GPU: from a CUDA graph.
 - gist: tokens per second that become gists, embeddings or keys and values of all layers of ``--shape``.
 - refocus: `MegaContextSession.refocus` of a full working context of ``--window`` slots, by the default lens and by a
-  random one, which always has edits; beside it a step of decoding over a static cache of as many keys, compiled. The
-  overhead is one refocus against the steps between two.
+  random one, which always has edits.
+- decoding: a step over a static cache of as many keys, compiled, which takes a minute for 36 layers and so comes last.
+  The overhead is one refocus against the steps between two.
+
+``--only`` chooses among them; the file is written anew after each line.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,36 +25,57 @@ import torch
 from transformers import StaticCache
 
 from benchmarks.counterfactual import SHAPES, random_model
-from hf_flash_mc import MegaContextConfig, attach_megacontext, patch_model
-from hf_flash_mc.measure import record
+from hf_flash_mc import MegaContextConfig, attach_megacontext, detach_megacontext, patch_model
+from hf_flash_mc.measure import record, timing
 from hf_flash_mc.megacontext.attach import cache_argument
 from hf_flash_mc.megacontext.gistnet import EmbeddingGist, KVGist
 from hf_flash_mc.megacontext.lens_graph import GraphedLens
 from hf_flash_mc.megacontext.lensnet import KINDS, DualLens, LensInput, TransformerLens
-from hf_flash_mc.megacontext.rope import rope_of
+from hf_flash_mc.megacontext.rope import Rope
 
-REPEATS = 15
+REPEATS, WARMUP = 15, 3
+SECTIONS = ("lens", "gist", "refocus", "decoding")
 Row = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     device = torch.device(options.device)
+    given, method = sys.argv[1:] if arguments is None else arguments, f"median, p20 and p80 of {REPEATS} samples"
+    run = record.describe_command(device, ["python", "-m", "benchmarks.megacontext"], given, method, options.dtype)
     rows: list[Row] = []
-    for part in (lenses, gists, refocuses):
-        for row in part(options, device):
-            rows.append(row)
-            print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-    command = "python -m benchmarks.megacontext " + " ".join(sys.argv[1:] if arguments is None else arguments)
-    run = record.describe_run(device, command.strip(), f"median, p20 and p80 of {REPEATS} samples")
-    if options.out:
-        found = {"run": asdict(run) | {"dtype": options.dtype}, "rows": rows}
-        Path(options.out).write_text(json.dumps(found, indent=1) + "\n")
+    for row in measured(options, device):
+        rows.append(row)
+        print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+        if options.out:
+            record.write_json({"run": run, "rows": rows}, Path(options.out))
     return 0
+
+
+def measured(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """The rows of the sections that were asked for; those of refocuses get their overhead with the last one."""
+    if "lens" in options.only:
+        yield from lenses(options, device)
+    if "gist" in options.only:
+        yield from gists(options, device)
+    found: list[Row] = []
+    if {"refocus", "decoding"} & {*options.only}:
+        model = random_model(options.shape, 2 * options.window, getattr(torch, options.dtype), device)
+    if "refocus" in options.only:
+        for row in refocuses(model, options, device):
+            found.append(row)
+            yield row
+    if "decoding" in options.only:
+        times = spread(decode_step(model, options.window), device)
+        for row in found:
+            row["overhead"] = row["median_ms"] / (row["interval"] * times["median_ms"])
+            print(f"{row['part']}: overhead {row['overhead']:.2%}")
+        yield {"part": "decoding step, static cache, compiled", "keys": options.window, **times}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="what is measured (all)")
     parser.add_argument("--shape", choices=SHAPES, default="3b", help="of the model that refocuses")
     parser.add_argument("--entries", type=int, default=8192)
     parser.add_argument("--size", type=int, default=2048, help="of embeddings, for lenses and embedding gists")
@@ -89,25 +110,22 @@ def gists(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     windows = torch.randn(max(1, options.entries // block) * 4, block, options.size, device=device, dtype=dtype)
     times = spread(lambda: net.pool(windows, lod=1), device)
     yield {"part": "gist, embedding", **times, "tokens_per_s": windows.shape[0] * block / times["median_ms"] * 1e3}
-    model = random_model(options.shape, 4096, dtype, device)
     width, _, layers, heads, kv_heads, _ = SHAPES[options.shape]
-    config = MegaContextConfig(num_layers=layers, num_kv_heads=kv_heads, head_dim=width // heads,
+    dim = width // heads
+    config = MegaContextConfig(num_layers=layers, num_kv_heads=kv_heads, head_dim=dim,
                                gist={"pooling": "query", "rank": 64})  # fmt: skip
-    kv = KVGist(config, rope_of(model)).to(device, dtype).eval()
+    rope = Rope(1e4 ** (-torch.arange(0, dim, 2, device=device) / dim)[None], torch.ones(1, device=device))
+    kv = KVGist(config, rope).to(device, dtype).eval()
     count = max(1, options.entries // block)
-    payload = torch.randn(count, block, layers, 2, kv_heads, width // heads, device=device, dtype=dtype)
+    payload = torch.randn(count, block, layers, 2, kv_heads, dim, device=device, dtype=dtype)
     places = torch.arange(count * block, device=device).view(count, block)
     times = spread(lambda: kv.pool(payload, lod=1, positions=places), device)
     yield {"part": "gist, keys and values", **times, "tokens_per_s": count * block / times["median_ms"] * 1e3}
 
 
-def refocuses(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """Milliseconds of a refocus, and its share of the decoding between two."""
-    dtype, window = getattr(torch, options.dtype), options.window
-    model = random_model(options.shape, 2 * window, dtype, device)
-    step = decode_step(model, window)
-    decoding = spread(step, device)
-    yield {"part": "decoding step, static cache, compiled", "keys": window, **decoding}
+def refocuses(model: Any, options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Milliseconds of a refocus."""
+    window = options.window
     config = MegaContextConfig(w_max=window)
     attach_megacontext(model, config)
     session = model.megacontext.session()
@@ -116,9 +134,9 @@ def refocuses(options: argparse.Namespace, device: torch.device) -> Iterator[Row
         session.addon.lens = KINDS[kind](session.config)
         edits: list[int] = []
         times = spread(lambda done=edits: done.append(sum(map(len, session.refocus()))), device)
-        share = times["median_ms"] / (config.refocus_interval * decoding["median_ms"])
         row = {"part": f"refocus, {kind} lens", "slots": len(session.working_context), **times}
-        yield {**row, "edits": sum(edits) / len(edits), "interval": config.refocus_interval, "overhead": share}
+        yield {**row, "edits": sum(edits) / len(edits), "interval": config.refocus_interval}
+    detach_megacontext(model)
 
 
 def decode_step(model: Any, keys: int) -> Callable[[], Any]:
@@ -140,20 +158,7 @@ def decode_step(model: Any, keys: int) -> Callable[[], Any]:
 
 def spread(call: Callable[[], Any], device: torch.device) -> dict[str, float]:
     """Milliseconds of calls that end when the device is done."""
-    samples = []
-    for i in range(REPEATS + 3):
-        _wait(device)
-        start = time.perf_counter()
-        call()
-        _wait(device)
-        if i >= 3:
-            samples.append((time.perf_counter() - start) * 1e3)
-    return {f"{k}_ms": record.quantile(samples, q) for k, q in (("median", 0.5), ("p20", 0.2), ("p80", 0.8))}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return timing.spread(call, device, REPEATS, WARMUP)
 
 
 if __name__ == "__main__":

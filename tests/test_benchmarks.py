@@ -327,3 +327,22 @@ def test_parts_of_megacontext_are_timed(tmp_path: Path) -> None:
     assert all(row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in rows.values())
     assert rows["refocus, random lens"]["edits"] > 0
     assert rows["refocus, random lens"]["slots"] <= 320
+    refocus, step = rows["refocus, recall lens"], rows["decoding step, static cache, compiled"]
+    assert refocus["overhead"] == pytest.approx(refocus["median_ms"] / step["median_ms"] / refocus["interval"])
+
+
+def test_chosen_parts_of_megacontext_are_kept_once_they_are_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import megacontext
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(megacontext, "decode_step", stopped)
+    sizes = ["--shape", "tiny", "--entries", "64", "--size", "64", "--window", "320", "--dtype", "float32"]
+    out = tmp_path / "out.json"
+    with pytest.raises(KeyboardInterrupt):
+        megacontext.main([*sizes, "--device", "cpu", "--out", str(out), "--only", "refocus", "decoding"])
+    parts = [row["part"] for row in json.loads(out.read_text())["rows"]]
+    assert parts == ["refocus, recall lens", "refocus, random lens"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import platform
 import shlex
@@ -170,6 +171,14 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.strip() + ("-dirty" if changed.strip() else "")
+
+
+def write_json(found: Any, path: Path) -> None:
+    """All at once, as `write`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(found, indent=1) + "\n")
+    temporary.replace(path)
 
 
 def write(lines: Sequence[Line], run: Run, path: Path) -> None:

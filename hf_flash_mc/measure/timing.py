@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_flash_mc.measure.cells import Cell
 from hf_flash_mc.measure.peers import CONTIGUOUS, OURS, Maker, Unavailable, applies, ours
 from hf_flash_mc.measure.problem import Attention, Gate, Problem, make_problem
-from hf_flash_mc.measure.record import Line, line
+from hf_flash_mc.measure.record import Line, line, quantile
 
 # cells that memory bounds: a device copy of as many bytes runs beside
 COPY_GROUPS = ("windows", "cross", "decode", "paged")
@@ -147,6 +147,19 @@ def sample(call: Call, device: torch.device, effort: Effort) -> list[float]:
         call()
         times.append((time.perf_counter() - start) * 1e3)
     return times
+
+
+def spread(call: Callable[[], object], device: torch.device, samples: int, warmup: int) -> dict[str, float]:
+    """Milliseconds of calls that end when the device is done, with the host's share: median, p20 and p80."""
+    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+    times = []
+    for _ in range(warmup + samples):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        times.append((time.perf_counter() - start) * 1e3)
+    return {f"{k}_ms": quantile(times[warmup:], q) for k, q in (("median", 0.5), ("p20", 0.2), ("p80", 0.8))}
 
 
 def measure_host(device: torch.device, dtype: torch.dtype) -> list[Line]:

@@ -1,17 +1,17 @@
 """A long stream of text through a bounded window: memory stays where it was, and every rule holds to the end.
 
     python examples/soak.py                                                     # 6000 tokens, on a CPU in minutes
-    python examples/soak.py --tokens 1000000 --window 2048 --out soak.json  # in full, for a GPU
+    python examples/soak.py --tokens 1000000 --window 2048 --chunk 512 --out soak.json  # in full, for a GPU
 
 Reads ``--tokens`` tokens into one history on disk and measures, every ``--every`` tokens: device memory, the process's
 own memory on the host, speed, swap rate. Ends with exit code 1 if a rule of the working context breaks, the budget is
-exceeded, the history is not what was read, or the device's memory at the end is 2 % above that at 10000 tokens.
+exceeded, the history is not what was read, or the device's memory at the end is 2 % above that at 10000 tokens. The
+file is written anew after each measurement, so that a run that is stopped leaves what it found.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import sys
 import tempfile
@@ -25,7 +25,7 @@ from megacontext_chat import dtype_on, load
 from transformers.utils import logging as transformers_logging
 
 from hf_flash_mc import MegaContextConfig, attach_megacontext
-from hf_flash_mc.measure.record import describe_command, without_folders
+from hf_flash_mc.measure.record import describe_command, without_folders, write_json
 
 SETTLED = 10_000  # tokens after which memory should not grow
 ALLOWED = 1.02
@@ -41,22 +41,24 @@ def main(arguments: list[str] | None = None) -> int:
     tokenizer, model = load(options)
     attach_megacontext(model, MegaContextConfig(w_max=options.window, lens={"kind": options.lens}))
     text = tokenizer("\n\n".join(topics[n] for n in sorted(topics)), return_tensors="pt", verbose=False).input_ids[0]
+    device, given = torch.device(options.device), sys.argv[1:] if arguments is None else arguments
+    run = describe_command(device, ["python", "examples/soak.py"], given, "one stream", dtype_on(device))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(options.folder or Path(scratch) / "history")
         session = model.megacontext.session(folder, chunk_size=options.chunk)
-        rows = stream(session, text, options)
+
+        def keep(rows: list[dict[str, float]], problems: list[str]) -> None:
+            if options.out:
+                size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
+                found = {"run": run, "options": without_folders(vars(options)), "rows": rows}
+                found |= {"telemetry": session.telemetry(), "history_mib": size, "problems": problems}
+                write_json(found, Path(options.out))
+
+        rows = stream(session, text, options, keep)
         problems = check(session, text, rows)
-        size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
+        keep(rows, problems)
         session.close()
-    print(f"history on disk: {size:.0f} MiB")
-    report = session.telemetry()
-    print(", ".join(f"{name} {value:.4g}" for name, value in report.items()))
-    if options.out:
-        device = torch.device(options.device)
-        given = sys.argv[1:] if arguments is None else arguments
-        run = describe_command(device, ["python", "examples/soak.py"], given, "one stream", dtype_on(device))
-        found = {"run": run, "options": without_folders(vars(options)), "rows": rows, "telemetry": report}
-        Path(options.out).write_text(json.dumps(found | {"history_mib": size, "problems": problems}) + "\n")
+    print(", ".join(f"{name} {value:.4g}" for name, value in session.telemetry().items()))
     if options.plot:
         from hf_flash_mc.megacontext.plots import plot_soak
 
@@ -85,8 +87,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def stream(session: Any, text: torch.Tensor, options: argparse.Namespace) -> list[dict[str, float]]:
-    """Read the text over and over, up to so many tokens; the measurements."""
+def stream(session: Any, text: torch.Tensor, options: argparse.Namespace, keep: Any) -> list[dict[str, float]]:
+    """Read the text over and over, up to so many tokens; the measurements, each of which is kept at once."""
     every = options.every or max(options.chunk, options.tokens // 20)
     rows: list[dict[str, float]] = []
     while len(session) < options.tokens:
@@ -109,6 +111,8 @@ def stream(session: Any, text: torch.Tensor, options: argparse.Namespace) -> lis
             }
         )
         print(describe(rows[-1]), flush=True)
+        if len(session) < options.tokens:
+            keep(rows, [f"stopped at {len(session):,} of {options.tokens:,} tokens"])
     return rows
 
 

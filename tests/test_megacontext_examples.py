@@ -106,3 +106,24 @@ def test_soak_is_written_with_where_and_how(tiny_model: Path, tmp_path: Path) ->
     assert found["problems"] == []
     assert "| 1,200 |" in sections.soak(found), "docs show it"
     assert out.with_suffix(".png").exists()
+
+
+def test_a_soak_that_is_stopped_leaves_what_it_measured(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soak, out = script("soak"), tmp_path / "soak.json"
+    real = soak.describe
+
+    def stopped(row: Any) -> Any:
+        if row["tokens"] == 600:
+            raise KeyboardInterrupt
+        return real(row)
+
+    monkeypatch.setattr(soak, "describe", stopped)
+    arguments = ["--model", str(tiny_model), "--tokens", "900", "--window", "448", "--lens", "random", "--every", "300"]
+    with pytest.raises(KeyboardInterrupt):
+        soak.main([*arguments, "--device", "cpu", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert [row["tokens"] for row in found["rows"]] == [300]
+    assert found["problems"] == ["stopped at 300 of 900 tokens"]
+    assert found["telemetry"]["history_tokens"] == 300

@@ -18,8 +18,9 @@ from hf_flash_mc.megacontext.recall import entry_mass, find_heads, pairs_of
 RECALL = dataclasses.replace(CONFIG, w_max=64, tau=0.2, cooldown=0, lens={"kind": "recall"})
 
 
-def test_mass_is_the_largest_share_of_attention_over_bare_keys() -> None:
-    model = attached("qwen3", RECALL)
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])  # gemma3: layers rotate by frequencies of their own
+def test_mass_is_the_largest_share_of_attention_over_bare_keys(family: str) -> None:
+    model = attached(family, RECALL)
     session = model.megacontext.session(chunk_size=16, observe=5)
     session.ingest(history(150))
     session.scores()
@@ -27,6 +28,8 @@ def test_mass_is_the_largest_share_of_attention_over_bare_keys() -> None:
     count = memory.committed // 4 * 4
     payload, places = memory.tree.payload(0, slice(0, count))[:, :, 0], memory.places.read(slice(0, count))
     keys = rope.unrotate(payload, *(t[:, :, None] for t in rope.tables(places)))  # [T, L, Hkv, D]
+    kept = torch.stack([keys[:, layer, head] for layer, head in memory.recall.pairs], 1)
+    assert torch.equal(memory.recall.store.read(slice(0, count)), kept.half()), "bit for bit, whatever else is kept"
     queries = session.cache.last_queries().permute(2, 0, 1, 3)
     at = torch.arange(memory.numbering.next - 5, memory.numbering.next)
     queries = rope.unrotate(queries, *(t[:, :, None] for t in rope.tables(at)))

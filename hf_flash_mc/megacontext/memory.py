@@ -117,11 +117,11 @@ class KVMemory(Memory):
         if count <= 0:
             return
         index = np.searchsorted(wc.start, first) + np.arange(count)  # tokens outside the tree are lod 0 slots
-        payload = self.cache.read(self.slots[index])
+        payload = self.cache.read(self.slots[index]).contiguous()  # once, where it is: pooled, searched and stored
         places = torch.from_numpy(self.numbering.position[index].astype(np.int32))
         self.places.append(places)
         try:
-            self.tree.append(token_ids[:count].cpu(), payload.cpu())
+            self.tree.append(token_ids[:count].cpu(), payload)
         except BaseException:
             self.places.truncate(first)
             raise

@@ -63,8 +63,8 @@ class RecallIndex:
 
     def append(self, payload: Tensor, positions: Tensor) -> None:
         """Keys of new tokens: payloads ``[n, L, 2, Hkv, D]``, and the positions [n] that they are rotated at."""
-        bare = self._bare(payload[:, :, 0], positions)
-        keys = torch.stack([bare[:, layer, head] for layer, head in self.pairs], 1).half()
+        chosen = torch.stack([payload[:, layer, 0, head] for layer, head in self.pairs], 1)  # [n, P, D]
+        keys = self._bare(chosen, positions, [layer for layer, _ in self.pairs]).half()
         held = self._mirror[len(self) : len(self) + len(keys)]
         held.copy_(keys[: len(held)])
         self.store.append(keys.cpu())
@@ -82,12 +82,14 @@ class RecallIndex:
         blocks = len(self) // self.block_size
         if not blocks or not count:
             return torch.zeros(blocks, device=device)
-        bare = self._bare(queries.permute(2, 0, 1, 3), torch.arange(first, first + count, device=device))
-        asked = torch.stack([bare[:, layer, head] * self.scaling[layer] for layer, head in self.heads])  # [P', n, D]
+        layers = [layer for layer, _ in self.heads]
+        held = torch.stack([queries[layer, head] for layer, head in self.heads], 1)  # [n, P', D]
+        bare = self._bare(held, torch.arange(first, first + count, device=device), layers)
+        asked = torch.stack([bare[:, i] * self.scaling[layer] for i, layer in enumerate(layers)])  # [P', n, D]
         found = []
         for keys in self._chunks(blocks * self.block_size):
-            held = keys.to(device, torch.float32)[:, self.key_of]  # [t, P', D]
-            logits = torch.einsum("hnd,thd->hnt", asked, held)
+            known = keys.to(device, torch.float32)[:, self.key_of]  # [t, P', D]
+            logits = torch.einsum("hnd,thd->hnt", asked, known)
             found.append(logits.unflatten(-1, (-1, self.block_size)).logsumexp(-1))
         mass = torch.cat(found, -1).softmax(-1).amax((0, 1))  # [P', n, blocks] -> [blocks]
         mass[: sink // self.block_size] = 0.0
@@ -101,10 +103,12 @@ class RecallIndex:
         for start in range(held, stop, step):
             yield self.store.read(slice(start, min(start + step, stop)))
 
-    def _bare(self, x: Tensor, positions: Tensor) -> Tensor:
-        """``[n, L, H, D]`` without its rotation, float32."""
+    def _bare(self, x: Tensor, positions: Tensor, layers: list[int]) -> Tensor:
+        """Vectors ``[n, P, D]`` of these layers [P] without their rotation, float32."""
         cos, sin = self.rope.tables(positions.to(x.device))  # [n, L or 1, R]
-        return self.rope.unrotate(x.float(), cos[:, :, None], sin[:, :, None])
+        if cos.shape[1] > 1:
+            cos, sin = cos[:, layers], sin[:, layers]
+        return self.rope.unrotate(x.float(), cos, sin)
 
 
 def pairs_of(heads: list[tuple[int, int]], groups: int) -> list[tuple[int, int]]:

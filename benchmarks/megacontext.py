@@ -3,11 +3,11 @@
 python -m benchmarks.megacontext --out megacontext-h100.json      # on a GPU
 python -m benchmarks.megacontext --shape tiny --entries 64 --size 64 --window 320 --dtype float32   # on a CPU
 
-- lens: one score of ``--entries`` entries of size ``--size``, as a session runs it on a GPU: from a CUDA graph.
+- lens: one score of ``--entries`` entries of size ``--size``; on a GPU by `GraphedLens`, compiled.
 - gist: tokens per second that become gists, embeddings or keys and values of all layers of ``--shape``.
 - refocus: `MegaContextSession.refocus` of a full working context of ``--window`` slots, by the default lens and by a
   random one, which always has edits.
-- decoding: a step over a static cache of as many keys, compiled, which takes a minute for 36 layers and so comes last.
+- decoding: a step over a static cache of as many keys, compiled, which takes longest and so comes last.
   The overhead is one refocus against the steps between two.
 
 ``--only`` chooses among them; the file is written anew after each line.

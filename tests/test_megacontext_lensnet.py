@@ -206,6 +206,37 @@ def test_long_and_short_contexts(kind, sizes):
         assert not torch.allclose(lens.score(parts), score[: len(score) // 2], atol=1e-4)  # the far half matters
 
 
+def written_out(lens: Lens, x: LensInput) -> torch.Tensor:
+    """The formula as LensSettings and the design notes have it: norm, then project; the head reads all features."""
+
+    def encoded(name: str) -> torch.Tensor:
+        return lens.project(rms_norm(getattr(x, name).to(lens.project.weight.dtype)))[None]
+
+    features = lens.features(lens.describe(x).to(lens.project.weight.dtype))[None]
+    out = encoded("entries") + features
+    if isinstance(lens, DualLens):
+        tail = lens.gather[0](encoded("tail"), out)
+        out = out + lens.spread[0](rms_norm(out), rms_norm(tail))
+    else:
+        for block in lens.blocks:
+            out = block(out, tables=lens.tables(x))
+    return lens.legal(lens.head(torch.cat((rms_norm(out), features), -1))[0, :, 0].tanh(), x)
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_short_cuts_change_the_formula_by_rounding_alone(kind):
+    lens, x = shaken(config(kind)), context()
+    x.entries *= torch.logspace(-5, 2, len(x.lod))[:, None]  # rows whose norm meets the epsilon, too
+    with torch.no_grad():
+        exact = written_out(lens.double(), x)
+        torch.testing.assert_close(lens.score(x), exact, rtol=1e-6, atol=1e-6)
+        for dtype in (torch.float32, torch.bfloat16):
+            lens = lens.to(dtype)
+            theirs, ours = ((s - exact).square().mean().sqrt() for s in (written_out(lens, x), lens.score(x)))
+            assert ours <= 1.5 * theirs
+            assert theirs > 0, "a score of exact zeros would compare nothing"
+
+
 def test_attention_of_the_networks_is_attention_with_its_padding_unseen():
     net, x, far = Attention(32, 16, cross=True).double(), torch.randn(1, 5, 32).double(), torch.randn(1, 9, 32).double()
     far[:, 7:] = torch.inf
@@ -253,6 +284,23 @@ def test_graphed_lens_equals_the_lens_as_entries_and_weights_change(kind):
                 p.mul_(0.9)
     with pytest.raises(ValueError, match="at most 256 entries"):
         graphed.score(dataclasses.replace(x, start=x.start.repeat(9), lod=x.lod.repeat(9)))
+
+
+def test_a_graph_reads_what_was_given_last():
+    """Without the graph, which needs a GPU: its inputs, as their number, the cursor and its type change."""
+    lens = shaken(config("dual"))
+    graphed = GraphedLens(lens, capacity=256)
+    for sizes in ((6, 20, 40), (9, 30, 60), (9, 30, 61), (3, 8, 40)):
+        x = dataclasses.replace(context(*sizes, seed=sizes[2]), generator=None)
+        given = {name: getattr(x, name) for name in ("start", "lod", "entries", "attention_mass", "tail")}
+        if not graphed._static:
+            graphed._allocate("key", given, torch.device("cpu"))
+        for cursor in (x.cursor, torch.tensor(x.cursor + 9), x.cursor):
+            graphed._fill(given, len(x.lod), cursor)
+            wanted = lens.score(dataclasses.replace(x, cursor=cursor))
+            found = lens.score(LensInput(**graphed._static))
+            torch.testing.assert_close(found[: len(x.lod)], wanted, rtol=1e-4, atol=1e-5)
+            assert not found[len(x.lod) :].any()
 
 
 def test_graphed_lens_refuses_what_it_cannot_hold():

@@ -52,6 +52,13 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],))
 
 
+def rms_scale(x: Tensor) -> Tensor:
+    """What `rms_norm` multiplies each row by, in float32 (float64 for float64): ``[..., 1]``."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    return torch.rsqrt(norm.square() / x.shape[-1] + torch.finfo(wide).eps)
+
+
 class Attention(nn.Module):
     """Multi-head attention, non-causal, with normalised queries and keys; self (``context`` None) or cross.
 

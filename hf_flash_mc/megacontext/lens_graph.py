@@ -33,6 +33,8 @@ class GraphedLens:
         self._function: Any = torch.compile(lens.score, dynamic=False) if compiled else lens.score
         self._key: Any = None
         self._static: dict[str, Tensor] = {}
+        self._views: dict[str, Tensor] = {}  # of these, as long as the entries are
+        self._filled = (-1, -1)  # count and cursor, where they are known here
         self._graph: Any = None
         self._scores: Any = None
 
@@ -49,26 +51,32 @@ class GraphedLens:
                 f"context: expected at most {self.capacity} entries on a GPU, without generator and count, got {n} on "
                 f"{device}; use the lens itself"
             )
-        names = ("start", "lod", "entries", "attention_mass", "tail")
+        names = ("entries", "start", "lod", "attention_mass", "tail")  # the longest copy first: it runs meanwhile
         given: dict[str, Tensor] = {name: x for name in names if (x := getattr(context, name)) is not None}
         key = (device, *((name, x.dtype, x.shape[name != "tail" :]) for name, x in given.items()))
         if key != self._key:
             self._allocate(key, given, device)
-        for name, x in given.items():
-            self._static[name][: len(x)].copy_(x, non_blocking=True)
-        cursor = context.cursor
-        if isinstance(cursor, Tensor):
-            self._static["cursor"].copy_(cursor, non_blocking=True)
-        else:
-            self._static["cursor"].fill_(cursor)
-        self._static["count"].fill_(n)
+        self._fill(given, n, context.cursor)
         if self._graph is None:
             self._capture()
         self._graph.replay()
         return self._scores[:n].clone()
 
+    def _fill(self, given: dict[str, Tensor], n: int, cursor: int | Tensor) -> None:
+        """Bring the inputs to where the graph reads them; the GPU waits for every call, so with few of them."""
+        if n != self._filled[0]:
+            self._static["count"].fill_(n)
+            self._views = {name: x if name == "tail" else x[:n] for name, x in self._static.items() if x.dim()}
+        for name, x in given.items():
+            self._views[name].copy_(x, non_blocking=True)
+        if isinstance(cursor, Tensor):
+            self._static["cursor"].copy_(cursor, non_blocking=True)
+        elif cursor != self._filled[1]:
+            self._static["cursor"].fill_(cursor)
+        self._filled = n, -1 if isinstance(cursor, Tensor) else cursor
+
     def _allocate(self, key: Any, given: dict[str, Tensor], device: torch.device) -> None:
-        self._key, self._graph = key, None
+        self._key, self._graph, self._filled = key, None, (-1, -1)
         self._static = {
             name: x.new_zeros(len(x) if name == "tail" else self.capacity, *x.shape[1:]) for name, x in given.items()
         }

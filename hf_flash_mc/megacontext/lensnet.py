@@ -11,10 +11,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MegaContextConfig
-from .layers import Attention, Block, Tables, check_settings, head_dim_of, init_linears, read_settings, rms_norm
+from .layers import (
+    Attention,
+    Block,
+    Tables,
+    check_settings,
+    head_dim_of,
+    init_linears,
+    read_settings,
+    rms_norm,
+    rms_scale,
+)
 from .rope import rope_tables, span_sigma
 
 
@@ -281,11 +292,24 @@ class TrainedLens(Lens):
         x, size = context.need(name, self), self.project.in_features
         if x.dim() != context.start.dim() + 1 or x.shape[-1] != size:
             raise ValueError(f"{name}: expected [n, {size}] (hidden_size or lens['entry_dim']), got {list(x.shape)}")
-        return batched(self.project(rms_norm(x.to(self.project.weight.dtype))))
+        x = x.to(self.project.weight.dtype)
+        # project(rms_norm(x)): the norm is a factor of each row, and rows are four times as narrow after the projection
+        scale = rms_scale(x)
+        return batched((self.project(x) * scale).to(x.dtype))
 
-    def finished(self, x: Tensor, features: Tensor, context: LensInput) -> Tensor:
-        """Scores from the network's output and the features, ``[B, N, W]`` each."""
-        raw = self.head(torch.cat((rms_norm(x), features), -1))[..., 0].reshape(context.start.shape).float()
+    def described(self, context: LensInput) -> tuple[Tensor, Tensor]:
+        """`describe` in the weights' dtype, ``[B, N, max_lod + 6]``, and the features made of it, ``[B, N, W]``."""
+        columns = batched(self.describe(context).to(self.features.weight.dtype))
+        return columns, self.features(columns)
+
+    def finished(self, x: Tensor, columns: Tensor, context: LensInput) -> Tensor:
+        """Scores from the network's output ``[B, N, W]`` and what `described` found of the entries."""
+        first, activation, last = self.head
+        own, features = first.weight.split(x.shape[-1], 1)  # type: ignore[operator]
+        # the head of [output; features]: features are linear in few columns, which are multiplied in their place
+        weight = torch.cat((own, features @ self.features.weight), 1)
+        hidden = activation(F.linear(torch.cat((rms_norm(x), columns), -1), weight, first.bias))  # type: ignore[arg-type]
+        raw = last(hidden)[..., 0].reshape(context.start.shape).float()
         if self.prior is not None:
             raw = raw + self.prior(context).clamp(-0.999, 0.999).atanh()
         return raw.tanh()
@@ -314,12 +338,12 @@ class DualLens(TrainedLens):
     def forward(self, context: LensInput) -> Tensor:
         """Needs ``entries`` and ``tail``."""
         tail, x = self.encode("tail", context), self.encode("entries", context)
-        features = batched(self.features(self.describe(context).to(x.dtype)))
+        columns, features = self.described(context)
         x = x + features
         for gather, spread in zip(self.gather, self.spread, strict=True):
             tail = gather(tail, x, count=context.count)
             x = x + spread(rms_norm(x), rms_norm(tail))
-        return self.finished(x, features, context)
+        return self.finished(x, columns, context)
 
 
 class TransformerLens(TrainedLens):
@@ -342,11 +366,11 @@ class TransformerLens(TrainedLens):
     def forward(self, context: LensInput) -> Tensor:
         """Needs ``entries``."""
         x, tables = self.encode("entries", context), self.tables(context)
-        features = batched(self.features(self.describe(context).to(x.dtype)))
+        columns, features = self.described(context)
         x = x + features
         for block in self.blocks:
             x = block(x, tables=tables, count=context.count)
-        return self.finished(x, features, context)
+        return self.finished(x, columns, context)
 
 
 KINDS: dict[str, type[Lens]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,20 +24,24 @@ HOST_CALLS, HOST_REPEATS = 100, 15
 
 @dataclass(frozen=True)
 class Effort:
-    """``rounds`` of every implementation in turn, so that clocks and neighbours drift over all of them alike."""
+    """``rounds`` of every implementation, each round in another order.
 
-    rounds: int = 3
-    sample_ms: int = 60
-    warmup_ms: int = 15
+    So clocks and neighbours drift over all of them alike, and none always follows one that draws little power and leaves
+    the GPU cool.
+    """
+
+    rounds: int = 6
+    sample_ms: int = 30
+    warmup_ms: int = 10
 
     @property
     def text(self) -> str:
         return (
-            f"median, p20 and p80 over {self.rounds} interleaved rounds of {self.sample_ms} ms; checked before timing"
+            f"median, p20 and p80 over {self.rounds} rounds of {self.sample_ms} ms in changing order; checked before timing"
         )
 
 
-FULL, QUICK, SMOKE = Effort(), Effort(3, 20, 5), Effort(3, 4, 1)
+FULL, QUICK, SMOKE = Effort(), Effort(6, 10, 4), Effort(3, 4, 1)
 Call = Callable[[], object]
 
 
@@ -59,8 +64,8 @@ def measure_cell(
     lines = []
     for direction in cell.directions:
         samples: dict[str, list[float]] = {n: [] for n, calls in runs.items() if direction in calls}
-        for _ in range(effort.rounds):
-            for name in samples:
+        for i in range(effort.rounds):
+            for name in random.Random(i).sample(list(samples), len(samples)):
                 samples[name] += sample(runs[name][direction], device, effort)
         for name in runs:
             error = errors.get(name) if direction == "forward" else None

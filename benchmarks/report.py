@@ -29,10 +29,11 @@ STAR = f"\\* not in this run: {ANCHORS_SOURCE}. Absolute figures move by up to 1
 def origin(figures: Figures, path: Path, folder: str) -> str:
     """Where and how the file was measured; ``folder`` is the way to it."""
     meta = figures.meta
+    commits = ", ".join(dict.fromkeys((r["commit"] or "unknown")[:12] for r in figures.rows))
     commands = "; ".join(f"`{c}`" for c in dict.fromkeys(r["command"] for r in figures.rows))
     return (
         f"{meta['device']}, torch {meta['torch']}, triton {meta['triton']}, {meta['dtype']}, "
-        f"commit {(meta['commit'] or 'unknown')[:12]}, {meta['date']}; {commands}. "
+        f"commit {commits}, {meta['date']}; {commands}. "
         f"{meta['method'].capitalize()}. "
         f"All figures with p20 and p80: [{path.name}]({folder}/{path.name})."
     )
@@ -97,7 +98,8 @@ def features(figures: Figures, rows: list[Row]) -> str:
 
 def training(figures: Figures, rows: list[Row]) -> str:
     """Training steps: ms, and peak memory."""
-    names = [r["implementation"] for r in figures.rows if r["group"] == "train"]
+    cells = {r["cell"] for r in rows}
+    names = [r["implementation"] for r in figures.rows if r["cell"] in cells]
     names = list(dict.fromkeys([*names, *goals.STOCK]))
 
     def shown(figure: Figure | None) -> str:
@@ -108,6 +110,19 @@ def training(figures: Figures, rows: list[Row]) -> str:
 
     body = [[r["batch"], r["sq"], *(shown(figures.get(r["cell"], "step", n)) for n in names)] for r in rows]
     return table(["B", "S", *(LABELS.get(n, n) for n in names)], body)
+
+
+def step_parts(figures: Figures, rows: list[Row]) -> str:
+    """Where a training step's time goes: ms of its kernels by kind, from the notes."""
+    kinds, body = ("attention", "matmul", "optimizer", "other"), []
+    for row in figures.rows:
+        if row["cell"] not in {r["cell"] for r in rows} or not row["median_ms"]:
+            continue
+        parts = [part.split() for part in row["note"].partition("; ")[2].split(", ")]
+        spent = {part[0]: float(part[1]) for part in parts if len(part) == 3}
+        shown = [f"{spent[k]:.1f}" if k in spent else "-" for k in kinds]
+        body.append([LABELS.get(row["implementation"], row["implementation"]), row["batch"], row["sq"], *shown])
+    return table(["", "B", "S", *kinds], body)
 
 
 def host_times(figures: Figures) -> str:
@@ -125,15 +140,18 @@ def sections(figures: Figures, everything: bool) -> list[str]:
     long = figures.cells(*LONG)
     if not everything:
         long = [r for r in long if int(r["sq"]) >= 4096] or long
+    steps, tuning = ([r for r in figures.cells("train") if (r["feature"] == "llama-1b") == b] for b in (False, True))
     parts: list[tuple[str, list[Row], Callable[[Figures, list[Row]], str]]] = [
         ("Forward / backward TFLOP/s, from [B, S, H, D] memory as transformers gives it:", long, throughput),
         ("Packed sequences of 16 tokens and more, forward / backward TFLOP/s:", figures.cells("varlen"), throughput),
         ("Windows, cross attention and decoding, forward / backward in ms:",
          figures.cells("windows", "cross", "decode"), bandwidth),
-        ("Training step of a Llama-shaped model (8 layers, hidden size 2048, 32/8 heads of 64):",
-         figures.cells("train"), training),
+        ("Training step of a Llama-shaped model (8 layers, hidden size 2048, 32/8 heads of 64):", steps, training),
+        ("Fine-tuning step, with AdamW, of such a model of 16 layers (1.1 billion parameters):", tuning, training),
     ]  # fmt: skip
     if everything:
+        parts += [(f"Where {what} step's time goes, ms of kernels:", rows, step_parts)
+                  for what, rows in (("a training", steps), ("that fine-tuning", tuning))]  # fmt: skip
         parts.append(("What a feature adds to the time of causal attention (head dim 128, S 4096); recompute is the "
                       "forward run again in each backward:", figures.cells("features"), features))  # fmt: skip
     shown = []

@@ -38,8 +38,9 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def made_up(tmp_path: Path, ms: float = 1.0, skip: str = " ") -> Path:
-    """A file with every cell of the registry: ours at ``ms``, a copy, the cell without its feature, stock training."""
+def made_up(tmp_path: Path, ms: float = 1.0, skip: str = " ", gib: float = 50.0) -> Path:
+    """A file with every cell of the registry: ours at ``ms`` and ``gib``, a copy, the cell without its feature, stock
+    training."""
     lines = []
     for cell in cells.CELLS:
         names = ["ours", "copy", *(["plain"] if cell.group == "features" else [])]
@@ -49,7 +50,8 @@ def made_up(tmp_path: Path, ms: float = 1.0, skip: str = " ") -> Path:
             for name in names:
                 time = ms if name.startswith("ours") else 1.0
                 if skip not in cell.name:
-                    measured = {"peak_gib": 50.0, "rms_error": 1e-3 * time}
+                    peak = gib if name.startswith("ours") else 50.0
+                    measured = {"peak_gib": peak, "rms_error": 1e-3 * time}
                     lines.append(record.line(cell, torch.bfloat16, direction, name, [time], **measured))
     path = tmp_path / "made-up.csv"
     record.write(lines, META, path)
@@ -186,17 +188,20 @@ def test_list_shows_cells_and_measures_nothing(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.splitlines()[2:] == ["decode  d16-full-b2-h4:2-q1-k40  forward"]
 
 
-def test_training_step_runs_stock_and_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    cell = Cell("train", 16, True, 1, 4, 2, 24, 24, "llama", ("step",))
+@pytest.mark.parametrize("feature", ["llama", "llama-1b"])
+def test_training_step_runs_stock_and_ours(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Cell("train", 16, True, 1, 4, 2, 24, 24, feature, ("step",))
     monkeypatch.setattr(training, "_NAMES", ("ours", "sdpa"))
     monkeypatch.setattr(training, "TRAIN_VOCABULARY", 50)
-    lines, missing = training.measure(cell, CPU, lambda: 1e9, layers=1, hidden=64)
+    seen: list[record.Line] = []
+    lines, missing = training.measure(cell, CPU, lambda: 1e9, seen.extend, layers=1, hidden=64)
     assert missing == []
+    assert seen == lines
     assert [(x.implementation, x.samples) for x in lines] == [("ours", 7), ("sdpa", 7)]
     losses = [float(x.note.removeprefix("loss ").split(";")[0]) for x in lines]
     for x in lines:
         spent = dict(part.split()[:2] for part in x.note.split("; ")[1].split(", "))
-        assert list(spent) == ["attention", "matmul", "other"]
+        assert list(spent) == ["attention", "matmul", *(["optimizer"] if feature == "llama-1b" else []), "other"]
         assert all(float(ms) > 0 for ms in spent.values()), "each kind was recognised"
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert training.measure(cell, CPU, lambda: 1.0)[1] == [f"{cell.name} ours", f"{cell.name} sdpa"]
@@ -233,6 +238,18 @@ def test_report_replaces_what_stands_between_the_markers(result: Path, tmp_path:
     assert f"| forward | {host.ms * 1e3:.0f} | " in text
 
 
+def test_page_says_where_a_training_step_spends_its_time(tmp_path: Path) -> None:
+    cell = next(c for c in cells.CELLS if c.feature == "llama-1b")
+    note = "loss 10.5000; attention 20.500 ms, matmul 100.250 ms, optimizer 5.000 ms, other 30.000 ms"
+    lines = [record.line(cell, torch.bfloat16, "step", n, [200.0], note, 60.0) for n in ("ours-compiled", "sdpa")]
+    path = tmp_path / "tune.csv"
+    record.write([*lines, record.line(cell, torch.bfloat16, "step", "flex-compiled", [], "not run: full")], META, path)
+    page = report.performance(path)
+    assert "| ours, compiled | 1 | 16384 | 20.5 | 100.2 | 5.0 | 30.0 |" in page
+    assert "200 ms, 60.0 GiB" in page
+    assert "not run" not in page
+
+
 def test_missing_peer_counts_with_its_marked_anchor(tmp_path: Path) -> None:
     figures = Figures(made_up(tmp_path))
     name = "d128-causal-b4-h16:16-q4096-k4096"
@@ -258,9 +275,9 @@ def test_every_anchor_and_goal_names_cells_of_the_registry() -> None:
 
 
 def test_goals_are_met_missed_or_open(tmp_path: Path) -> None:
-    def outcome(ms: float, goal: str, skip: str = " ") -> list[bool | None]:
+    def outcome(ms: float, goal: str, skip: str = " ", gib: float = 50.0) -> list[bool | None]:
         found = next(g for g in goals.GOALS if g.id == goal)
-        return [x.met for x in goals.outcomes(Figures(made_up(tmp_path, ms, skip)), found)]
+        return [x.met for x in goals.outcomes(Figures(made_up(tmp_path, ms, skip, gib)), found)]
 
     assert outcome(0.5, "varlen-forward") == [True, True]
     assert outcome(0.7, "varlen-forward") == [False, False]
@@ -268,6 +285,9 @@ def test_goals_are_met_missed_or_open(tmp_path: Path) -> None:
     assert outcome(1.04, "ranges-both") == [False]
     assert outcome(0.5, "decode", skip="k32768") == [None]
     assert outcome(0.5, "train-65536") == [True]
+    assert outcome(0.86, "finetune-1b") == [True]
+    assert outcome(0.88, "finetune-1b") == [False]
+    assert outcome(0.86, "finetune-1b", gib=50.1) == [False], "no more memory than the best"
     assert outcome(1.09, "accuracy-times30") == [True, True]
     assert outcome(1.11, "accuracy-times30") == [False, False]
     assert outcome(0.01, "forward-long")[-1] is True  # the average

@@ -11,6 +11,7 @@ import torch
 BOTH = ("forward", "backward")
 VARLEN_SEED, VARLEN_SHORTEST = 0, 16
 TRAIN_LAYERS, TRAIN_HIDDEN, TRAIN_MLP, TRAIN_VOCABULARY = 8, 2048, 8192, 32000  # of the Llama-shaped model
+TUNE_LAYERS = 16  # of the one with 1.1 billion parameters, whose step has an optimizer
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Cell:
     kv_heads: int
     sq: int
     sk: int
-    feature: str = ""  # ranges, weight, sinks, softcap, dropout, recompute; packed; pageN (blocks); times30; llama
+    feature: str = (
+        ""  # ranges, weight, sinks, softcap, dropout, recompute; packed; pageN (blocks); times30; llama, llama-1b
+    )
     directions: tuple[str, ...] = BOTH
 
     @property
@@ -81,8 +84,8 @@ def _long(head_dim: int, length: int) -> list[Cell]:
     return [Cell("long", head_dim, causal, batch, heads, heads, length, length) for causal in (False, True)]
 
 
-def _train(batch: int, length: int) -> Cell:
-    return Cell("train", 64, True, batch, 32, 8, length, length, "llama", ("step",))
+def _train(batch: int, length: int, feature: str = "llama") -> Cell:
+    return Cell("train", 64, True, batch, 32, 8, length, length, feature, ("step",))
 
 
 _FEATURES = ("ranges", "weight", "sinks", "softcap", "dropout")
@@ -98,14 +101,18 @@ CELLS = [
     *(Cell("varlen", 128, causal, 128, 16, 16, 1023, 1023, "packed") for causal in (False, True)),
     Cell("decode", 128, False, 8, 32, 8, 1, 32768, directions=("forward",)),
     Cell("decode", 128, False, 1, 32, 8, 1, 131072, directions=("forward",)),
-    *(Cell("paged", 128, False, b, 32, 8, 1, n, f"page{page}", ("forward",))
-      for b, n in ((8, 32768), (1, 131072)) for page in (16, 256)),
+    *(
+        Cell("paged", 128, False, b, 32, 8, 1, n, f"page{page}", ("forward",))
+        for b, n in ((8, 32768), (1, 131072))
+        for page in (16, 256)
+    ),
     *(cell for s in (1024, 2048) for d in (128, 64, 256) for cell in _long(d, s)),
     *(Cell("features", 128, f != "ranges", 4, 16, 16, 4096, 4096, f) for f in _FEATURES),
     Cell("features", 128, True, 4, 16, 16, 4096, 4096, "recompute", ("backward",)),
     *(Cell("accuracy", d, True, 4, 2048 // d, 2048 // d, 4096, 4096, "times30", ("forward",)) for d in (64, 128)),
     Cell("context", 64, False, 4, 8, 8, 8192, 8192),  # a working context of 8192 entries against itself
     Cell("context", 64, True, 64, 8, 8, 64, 8256),  # 64 tokens ahead of a working context of 8192
+    _train(1, 16384, "llama-1b"),
     _train(1, 16384),
     _train(8, 2048),
     _train(1, 65536),

@@ -114,9 +114,7 @@ class _Session:
                 self.clean()
                 bar.step(cell.name)
             for cell in training_cells:
-                lines, left_out = training.measure(cell, self.device, self.left)
-                self.missing += left_out
-                self.add(lines)
+                self.missing += training.measure(cell, self.device, self.left, self.add)[1]
                 self.clean()
                 bar.step(cell.name)
         return self.summary()

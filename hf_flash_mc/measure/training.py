@@ -1,4 +1,7 @@
-"""One training step (forward, loss, backward) of a Llama-shaped model: stock sdpa and ours, eager and compiled."""
+"""One training step of a Llama-shaped model: stock sdpa, flex and ours, eager and compiled.
+
+Forward, loss and backward; "llama-1b" has twice the layers, and AdamW's step.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,19 @@ from typing import Any
 
 import torch
 
-from hf_flash_mc.measure.cells import TRAIN_HIDDEN, TRAIN_LAYERS, TRAIN_MLP, TRAIN_VOCABULARY, Cell
+from hf_flash_mc.measure.cells import TRAIN_HIDDEN, TRAIN_LAYERS, TRAIN_MLP, TRAIN_VOCABULARY, TUNE_LAYERS, Cell
 from hf_flash_mc.measure.record import Line, line
 
 STEPS = 7
 LONGEST_EAGER = 32768  # tokens, above which eager activations fill an 80 GiB card
 COMPILE_SECONDS = 60.0  # that a compiled variant is given at least, under a time limit
-# Parts of kernels' names: ours, FlashAttention's, cuDNN's and flex's; cuBLAS's, CUTLASS's and the CPU's
+# Parts of kernels' names: ours, FlashAttention's, cuDNN's and flex's; cuBLAS's, CUTLASS's and the CPU's; AdamW's
 _KINDS = {
     "attention": ("attn", "attention", "flash", "fmha", "sdpa", "few_keys", "few_queries"),
     "matmul": ("gemm", "matmul", "cutlass", "nvjet", "cublas", "aten::mm", "aten::bmm", "aten::addmm"),
+    "optimizer": ("adam",),
 }
+_FUSED = ("triton_poi", "triton_red", "triton_per")  # torch.compile's own, named after whatever they are fused from
 _NAMES = (
     "ours", "sdpa", "ours-compiled", "sdpa-compiled", "flex-compiled",
     "ours-compiled-checkpointed", "sdpa-compiled-checkpointed",
@@ -48,13 +53,19 @@ def make_model(cell: Cell, device: torch.device, layers: int = TRAIN_LAYERS, hid
     return model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).train()
 
 
-def measure(cell: Cell, device: torch.device, left: Callable[[], float], **sizes: int) -> tuple[list[Line], list[str]]:
+def measure(
+    cell: Cell, device: torch.device, left: Callable[[], float], report: Callable[[list[Line]], None] | None = None,
+    **sizes: int,
+) -> tuple[list[Line], list[str]]:  # fmt: skip
     """Lines of every variant, one after the other (two do not fit side by side); the names of those left out in time.
 
     The loss of the first step must agree with stock sdpa's, which runs eagerly (or compiled, where eager does not fit).
+    ``report`` is given each line as soon as it is there.
     """
     lines, missing, losses = [], [], {}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if cell.feature == "llama-1b":
+        sizes.setdefault("layers", TUNE_LAYERS)
     for name in variants(cell):
         if left() < (COMPILE_SECONDS if "compiled" in name else 15.0):
             missing.append(f"{cell.name} {name}")
@@ -68,6 +79,8 @@ def measure(cell: Cell, device: torch.device, left: Callable[[], float], **sizes
         if name in losses and stock is not None and abs(losses[name] - stock) > 2e-3 * abs(stock):
             times, note = [], f"wrong: loss {losses[name]:.5f}, stock sdpa has {stock:.5f}"
         lines.append(line(cell, dtype, "step", name, times, note, peak))
+        if report is not None:
+            report(lines[-1:])
         torch._dynamo.reset()
         gc.collect()
         if device.type == "cuda":
@@ -83,12 +96,13 @@ def breakdown(step: Callable[[], object], gpu: bool) -> str:
         step()
         if gpu:
             torch.cuda.synchronize()
-    spent = dict.fromkeys(("attention", "matmul", "other"), 0.0)
+    spent = dict.fromkeys((*_KINDS, "other"), 0.0)
     for event in recorded.key_averages():
         name = event.key.lower()
-        kind = next((k for k, parts in _KINDS.items() if any(part in name for part in parts)), "other")
+        kinds = {} if name.startswith(_FUSED) else _KINDS
+        kind = next((k for k, parts in kinds.items() if any(part in name for part in parts)), "other")
         spent[kind] += (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e3
-    return ", ".join(f"{kind} {ms:.3f} ms" for kind, ms in spent.items())
+    return ", ".join(f"{kind} {ms:.3f} ms" for kind, ms in spent.items() if ms)
 
 
 def _measure(
@@ -105,12 +119,16 @@ def _measure(
     if name.endswith("checkpointed"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     run = torch.compile(model) if "compiled" in name else model
+    tunes = cell.feature == "llama-1b"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) if tunes else None
     ids = torch.randint(TRAIN_VOCABULARY, (cell.batch, cell.sq), generator=torch.Generator().manual_seed(1)).to(device)
 
     def step() -> torch.Tensor:
         model.zero_grad(set_to_none=True)
         loss = run(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
+        if optimizer is not None:
+            optimizer.step()
         return loss.detach()
 
     first = step().item()

@@ -138,10 +138,12 @@ def reference_attention(
         else columns.new_full((b, hq, sq, 1), float("-inf"))
     )
     top = torch.where(top == float("-inf"), torch.zeros_like(top), top)
-    total = torch.exp(columns - top).sum(-1, keepdim=True)
-    alive = total > 0
-    lse = torch.where(alive, top + torch.log(torch.where(alive, total, torch.ones_like(total))), float("-inf"))
-    p = torch.exp(logits - torch.where(alive, lse, torch.zeros_like(lse)))
+    weights = torch.exp(columns - top)
+    total = weights.sum(-1, keepdim=True)
+    alive = total != 0  # NaN stays NaN
+    total = torch.where(alive, total, torch.ones_like(total))
+    lse = torch.where(alive, top + torch.log(total), float("-inf"))
+    p = weights[..., :sk] / total  # not exp(logits - lse): lse of large logits is rounded
     if dropout_p:
         assert dropout_seed is not None, "dropout_seed: expected an int64 tensor with dropout_p > 0, got None"
         ob, oh, om, on = dropout_offsets

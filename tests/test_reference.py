@@ -21,6 +21,25 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
 
 
+@pytest.mark.parametrize("bias", [-1e4, torch.finfo(torch.float32).min])
+def test_weights_of_large_logits_sum_to_one(bias: float) -> None:
+    """exp(logits - lse) lost what rounding took from lse: at the lowest bias, of which padding is made, out was the sum
+    of the values and not their mean."""
+    q, k, v = (draw(1, 2, 5, 8, seed=i).float() for i in range(3))
+    out, lse = reference_attention(q, k, v, bias=torch.full((1, 1, 5, 5), bias))
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = F.scaled_dot_product_attention(q, k, v, torch.full((5, 5), bias))
+    torch.testing.assert_close(out, expected)
+    assert bool((lse <= bias + 10).all())
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_visible_inf_and_nan_spread_as_in_torch(value: float) -> None:
+    q, k, v = (draw(1, 1, 3, 4, seed=i) for i in range(3))
+    q[0, 0, 1, 2] = value
+    assert reference_attention(q, k, v)[0].isnan().any(-1).flatten().tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (6, 2), (3, 1)])
 @pytest.mark.parametrize("kind", ["full", "causal", "mask", "bias"])
 def test_equals_torch_math(heads: int, key_heads: int, kind: str) -> None:

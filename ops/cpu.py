@@ -47,6 +47,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None =
     """Returns ``out`` ([B, Hq, Sq, Dv], or [Tq, Hq, Dv] packed) in q's dtype and ``lse`` ([B, Hq, Sq], or [Hq, Tq])."""
     if spec.block_rows is not None:
         raise NotImplementedError(_NO_BLOCKS)
+    if varlen is None and (causal := _one_call(q, k, v, spec)) is not None:
+        return _FLASH(*map(_rows, (q, k, v)), 0.0, causal, scale=_scale(q, spec))
     out, lse = new_bshd(q, v.shape[-1]), new_lse(q)
     if varlen is None:
         _forward(q, k, v, spec, out, lse)
@@ -72,6 +74,9 @@ def backward(
     varlen: Varlen | None = None,
 ) -> Gradients:
     """The gradients that ``needs`` names. Always deterministic: sums run in a fixed order."""
+    if varlen is None and dlse is None and (causal := _one_call(q, k, v, spec)) is not None:
+        found = _FLASH_BACKWARD(*map(_rows, (dout, q, k, v, out)), lse, 0.0, causal, scale=_scale(q, spec))
+        return Gradients(*(x if need else None for x, need in zip(found, needs[:3], strict=True)))
     work = accumulate_dtype(q.dtype)
     weight = spec.key_log_weight
     # summed in the accumulation dtype, cast once at the end
@@ -247,10 +252,31 @@ def _decompose(lo: Tensor, hi: Tensor) -> list[tuple[slice, slice, bool]] | None
     return pieces
 
 
+def _one_call(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> bool | None:
+    """``causal`` for ATen's kernel where the plain call is one piece, as most are; None for other calls."""
+    (b, hq, sq, d), sk = q.shape, k.shape[2]
+    if d != v.shape[-1] or 0 in (b, hq, sq, sk) or spec.softcap or any(x is not None for x in spec[:7]):
+        return None
+    pieces = _regular_pieces(b, hq, sq, sk, spec)
+    if pieces is None or len(pieces) != 1:
+        return None
+    _, _, rows, keys, causal = pieces[0]
+    return causal if (rows.start, rows.stop, keys.start, keys.stop) == (0, sq, 0, sk) else None
+
+
+def _scale(q: Tensor, spec: Spec) -> float:
+    return q.shape[-1] ** -0.5 if spec.scale is None else spec.scale
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with a last dimension of stride 1: the kernel reads any other wrongly, silently."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _padded(x: Tensor, head_dim: int) -> Tensor:
-    """x with a last dimension of ``head_dim`` and of stride 1 (the kernel reads any other wrongly, silently)."""
+    """x with a last dimension of ``head_dim`` and of stride 1."""
     if x.shape[-1] == head_dim:
-        return x if x.stride(-1) == 1 else x.contiguous()
+        return _rows(x)
     wide = x.new_zeros(*x.shape[:-1], head_dim)
     wide[..., : x.shape[-1]] = x
     return wide
@@ -273,8 +299,7 @@ def _cut(x: Tensor, *at: slice) -> Tensor:
 
 
 def _pieces_forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, pieces: list[Piece], out: Tensor, lse: Tensor) -> None:
-    d, dv = q.shape[-1], v.shape[-1]
-    scale = d**-0.5 if spec.scale is None else spec.scale
+    (d, dv), scale = (q.shape[-1], v.shape[-1]), _scale(q, spec)
     q, k, v = (_padded(x, max(d, dv)) for x in (q, k, v))
     apart = [p[:3] for i, p in enumerate(pieces) if i == 0 or p[:3] != pieces[i - 1][:3]]
     if sum(math.prod(x.stop - x.start for x in at) for at in apart) < lse.numel():
@@ -308,11 +333,12 @@ def _pieces_backward(
 ) -> None:
     """Each piece by itself: with the final out and lse, the gradients of the pieces add up."""
     (d, dv), hq = (q.shape[-1], v.shape[-1]), q.shape[1]
-    scale = d**-0.5 if spec.scale is None else spec.scale
+    scale = _scale(q, spec)
     width = max(d, dv) + (dlse is not None)
-    q, k, v, dout, out = (_padded(x, width) for x in (q, k, v, dout, out))
+    q, k, v, dout, out = (_padded(x if dlse is None else x.to(dlse.dtype), width) for x in (q, k, v, dout, out))
     if dlse is not None:
         # One more column, where q, k and v are 0: the kernel's own rowsum(dout * out) then comes out as delta - dlse.
+        # In dlse's dtype, since float16 does not hold all that float32 does.
         dout[..., -1] = 1
         out[..., -1] = -dlse
     for batch, heads, rows, keys, causal in pieces:

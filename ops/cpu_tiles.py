@@ -30,14 +30,14 @@ def intervals(sq: int, sk: int, spec: Spec) -> tuple[Tensor, Tensor] | None:
     if spec.key_ranges is None:
         if spec.window_left < 0 and right < 0:
             return None
-        lo, hi = torch.zeros(1, 1, sq, dtype=torch.int64), torch.full((1, 1, sq), sk)
+        lo, hi = torch.zeros(1, 1, sq, dtype=torch.int64, device="cpu"), torch.full((1, 1, sq), sk, device="cpu")
     else:
         ranges = spec.key_ranges
         for dim in (0, 1):  # heads and batch rows that agree become one
             if ranges.shape[dim] > 1 and bool((ranges == ranges.narrow(dim, 0, 1)).all()):
                 ranges = ranges.narrow(dim, 0, 1)
         lo, hi = ranges.long().clamp(0, sk).unbind(-1)
-    stand = torch.arange(sk - sq, sk)  # the key that a row stands at
+    stand = torch.arange(sk - sq, sk, device="cpu")  # the key that a row stands at
     if spec.window_left >= 0:
         lo = torch.maximum(lo, stand - spec.window_left)
     if right >= 0:
@@ -98,7 +98,7 @@ class Tiles:
         if self.ends is not None:
             lo, hi = (self.cut(x, b, r) for x in self.ends)
             if int(lo.amax()) > c.start or int(hi.amin()) < c.stop:
-                column = torch.arange(c.start, c.stop)
+                column = torch.arange(c.start, c.stop, device="cpu")
                 inside = (column >= lo) & (column < hi)
                 seen = inside if seen is None else seen & inside
         return seen
@@ -106,8 +106,8 @@ class Tiles:
     def _used(self) -> tuple[Tensor, Tensor]:
         """Bool [B, Hkv, G, Sq] and [B, Hkv, Sk]: the rows and keys of at least one visible pair."""
         group = self.hq // self.hkv
-        rows = torch.zeros(self.batch, self.hkv, group, self.sq, dtype=torch.bool)
-        keys = torch.zeros(self.batch, self.hkv, self.sk, dtype=torch.bool)
+        rows = torch.zeros(self.batch, self.hkv, group, self.sq, dtype=torch.bool, device="cpu")
+        keys = torch.zeros(self.batch, self.hkv, self.sk, dtype=torch.bool, device="cpu")
         for b, r, columns in self:
             for c in columns:
                 seen = self.seen(b, r, c)
@@ -115,7 +115,7 @@ class Tiles:
                     there = self.cut(self.weight, b, r, c) != -_INF
                     seen = there if seen is None else seen & there
                 shape = (b.stop - b.start, self.hkv, group, r.stop - r.start, c.stop - c.start)
-                tile = torch.ones(()).bool().expand(shape) if seen is None else seen.expand(shape)
+                tile = (torch.ones((), dtype=torch.bool, device="cpu") if seen is None else seen).expand(shape)
                 rows[b, :, :, r] |= tile.any(-1)
                 keys[b, :, c] |= tile.any(3).any(2)
         return rows, keys
@@ -135,8 +135,8 @@ class Tiles:
             tanh = logits.div_(self.spec.softcap).tanh_()
             logits = tanh * self.spec.softcap
         if self.slopes is not None:
-            row, column = torch.arange(r.start, r.stop) + (self.sk - self.sq), torch.arange(c.start, c.stop)
-            distance = (row[:, None] - column).abs().to(self.work)
+            row, column = torch.arange(r.start, r.stop, device="cpu"), torch.arange(c.start, c.stop, device="cpu")
+            distance = (row[:, None] + (self.sk - self.sq) - column).abs().to(self.work)
             logits.addcmul_(self.cut(self.slopes, b, r, c), distance, value=-1)
         if self.bias is not None:
             logits += self.cut(self.bias, b, r, c)
@@ -151,10 +151,10 @@ class Tiles:
         threshold, seed = dropout_threshold(self.spec.dropout_p), int(self.spec.dropout_seed)  # type: ignore[arg-type]
         start, stop = c.start + column0, c.stop + column0
         words = _philox(
-            torch.arange(start // 16, (stop + 15) // 16),
-            torch.arange(r.start + row0, r.stop + row0)[:, None],
-            torch.arange(head0, head0 + self.hq).reshape(self.hkv, -1, 1, 1),
-            torch.arange(b.start + batch0, b.stop + batch0).reshape(-1, 1, 1, 1, 1),
+            torch.arange(start // 16, (stop + 15) // 16, device="cpu"),
+            torch.arange(r.start + row0, r.stop + row0, device="cpu")[:, None],
+            torch.arange(head0, head0 + self.hq, device="cpu").reshape(self.hkv, -1, 1, 1),
+            torch.arange(b.start + batch0, b.stop + batch0, device="cpu").reshape(-1, 1, 1, 1, 1),
             seed,
         )
         # byte i of the four words, little-endian, belongs to column i of the sixteen

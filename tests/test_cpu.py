@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from helpers import Case, make_inputs, run_case
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_flash_mc.ops import cpu, cpu_tiles, flash_attention
 from hf_flash_mc.ops.reference import dropout_keep
@@ -94,6 +95,49 @@ def test_a_sink_of_minus_infinity_beside_a_row_that_sees_nothing(options: dict[s
         gradients = torch.autograd.grad((out * torch.randn_like(out)).sum(), (q, k, v, sinks))
         found[impl] = (out, lse, *gradients)
     torch.testing.assert_close(found["cpu"], found["reference"])
+
+
+def test_gradient_of_lse_beyond_float16() -> None:
+    """dlse is float32; rounded to float16 it was inf, and dq NaN."""
+    found = []
+    for impl in ("cpu", "reference"):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, 2, 9, 16, dtype=torch.float16).requires_grad_() for _ in range(3))
+        _, lse = flash_attention(q, k, v, causal=True, return_lse=True, impl=impl)
+        found.append(torch.autograd.grad(lse, (q, k), torch.full_like(lse, 1e5)))
+    torch.testing.assert_close(*found, rtol=2e-3, atol=100)
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"softcap": 3.0, "window": (4, None), "dropout_p": 0.5}])
+def test_the_default_device_changes_nothing(options: dict) -> None:
+    """Tiles were made on it."""
+    inputs = [torch.randn(2, 2, 9, 16).requires_grad_() for _ in range(3)]
+    ranges, slopes = torch.tensor([1, 7], dtype=torch.int32).expand(2, 1, 9, 2), torch.ones(2)
+    with torch.device("meta"):
+        out = flash_attention(*inputs, key_ranges=ranges, alibi_slopes=slopes, dropout_seed=1, **options)
+        gradients = torch.autograd.grad(out.sum(), inputs)
+    assert all(x.device.type == "cpu" for x in (out, *gradients))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"scale": 0.5}], ids=str)
+def test_a_call_of_one_piece_is_the_kernel_alone(options: dict) -> None:
+    """No zeros, sums and copies around it: they took as long as the kernel where sequences are short."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            names.append(op.__name__)
+            return op(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    q, k, v, dout = (torch.randn(2, n, 9, 16) for n in (4, 2, 2, 4))
+    with Seen():
+        out, lse = cpu.forward(q, k, v, Spec(**options))
+        call = (dout, None, q, k, v, out, lse.contiguous(), Spec(**options), Needs(True, False, True), False)
+        found = cpu.backward(*call)
+    kernels = ["_scaled_dot_product_flash_attention_for_cpu.default"]
+    kernels += ["_scaled_dot_product_flash_attention_for_cpu_backward.default"]
+    assert [name for name in names if name != "clone.default"] == kernels
+    assert [x is None for x in found] == [False, True, False, True, True, True]
 
 
 def test_dropout_is_the_reference_mask() -> None:

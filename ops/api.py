@@ -310,8 +310,8 @@ def _describe(q: Tensor, options: dict[str, Any], impl: str) -> tuple[Spec, Varl
             options["key_ranges"] = ranges[None]
     options["window_left"], options["window_right"] = _window(options.pop("window", None) or (None, None))
     options["softcap"] = _softcap(options.get("softcap"))
-    if options.get("dropout_p"):
-        options["dropout_seed"] = torch.zeros((), dtype=torch.int64, device=q.device)
+    seed = torch.zeros((), dtype=torch.int64, device=q.device) if options.get("dropout_p") else None
+    options["dropout_seed"] = seed
     options["bias"] = _four_dims(options.get("bias"))
     mask = options.get("mask")
     options["mask"] = _four_dims(mask) if isinstance(mask, Tensor) else None
@@ -345,6 +345,8 @@ def _check(
 def _is_plain(q: Any, k: Any, v: Any, kind: str, impl: str, options: tuple[Any, ...], varlen: Varlen | None) -> bool:
     """Whether q, k, v, impl and the numbers are right, in one pass; False also where that takes a closer look."""
     try:
+        if not q.layout is k.layout is v.layout is torch.strided:
+            return False
         if varlen is None:
             bq, hq, sq, dq = q.shape
             bk, hk, sk, dk = k.shape
@@ -352,9 +354,9 @@ def _is_plain(q: Any, k: Any, v: Any, kind: str, impl: str, options: tuple[Any, 
         else:
             (sq, hq, dq), (sk, hk, dk), (sv, hv, dv) = q.shape, k.shape, v.shape
             bq = bk = bv = 1
-    except (AttributeError, ValueError):
+    except (AttributeError, ValueError, RuntimeError):  # a nested tensor has no shape
         return False
-    scale, _, left, right, cap, dropout_p, _ = options[10:]
+    scale, causal, left, right, cap, dropout_p, _ = options[10:]
     dtype, device = q.dtype, q.device
     return (
         bq == bk == bv
@@ -370,7 +372,8 @@ def _is_plain(q: Any, k: Any, v: Any, kind: str, impl: str, options: tuple[Any, 
         and dtype in checks.GPU_DTYPES
         and device == k.device == v.device
         and (kind, impl) in _SERVED
-        and not dropout_p
+        and dropout_p == 0
+        and type(causal) is bool
         and left >= -1 <= right
         and (type(cap) is float and 0 <= cap < _INF)
         and (scale is None or (type(scale) is float and 0 < scale < _INF))
@@ -411,6 +414,8 @@ def _seed(seed: Any, q: Tensor) -> Any:
         return seed
     if not isinstance(seed, checks.INTEGERS):
         raise TypeError(f"dropout_seed: expected an int, an int64 tensor or None, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"dropout_seed: expected an int of 64 bits, from -2**63 to 2**63 - 1, got {seed}")
     return torch.full((), cast(int, seed), dtype=torch.int64, device=q.device)
 
 

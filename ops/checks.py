@@ -67,6 +67,10 @@ def find_problems(
     for name, x in tensors:
         if not isinstance(x, Tensor):
             say((TypeError, f"{name}: expected a torch.Tensor, got {type(x).__name__}"))
+        elif x.is_nested or x.layout != torch.strided:
+            packed = "pass its values() and offsets() to flash_attention_varlen"
+            kind, way_out = ("nested", packed) if x.is_nested else (x.layout, "use to_dense()")
+            say((TypeError, f"{name}: expected a dense tensor, got a {kind} one; {way_out}"))
     if problems:
         return problems
     layout = "[B, H, S, D]" if varlen is None else "[T, H, D]"
@@ -77,7 +81,7 @@ def find_problems(
         _check_shapes(q, k, v, varlen, say)
     known = not problems  # what the optional tensors must look like follows from q, k and v
     _check_types(q, k, v, impl, say)
-    _check_numbers(spec, say)
+    _check_numbers(spec, say, k.shape[0 if varlen is not None else 2] if known else 0)
     if known:
         if varlen is not None:
             _check_varlen(q, varlen, say)
@@ -104,7 +108,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen | None, say: C
     if hq % hkv if hkv else hq:
         say((ValueError, f"q, k: expected query heads to be a multiple of key heads, got {hq} and {hkv}"))
     length = 2 if varlen is None else 0
-    if k.shape[length] != v.shape[length]:
+    if _known(k.shape[length] != v.shape[length]):
         say((ValueError, f"k, v: expected the same length, got {k.shape[length]} and {v.shape[length]}"))
     if q.shape[-1] != k.shape[-1]:
         say((ValueError, f"q, k: expected the same head dim, got {q.shape[-1]} and {k.shape[-1]}"))
@@ -151,11 +155,14 @@ def impl_problems(q: Tensor, v: Tensor, impl: str) -> list[str]:
     return reasons
 
 
-def _check_numbers(spec: Spec, say: Callable[[Problem], None]) -> None:
+def _check_numbers(spec: Spec, say: Callable[[Problem], None], keys: int = 0) -> None:
     scale, softcap, p = spec.scale, spec.softcap, spec.dropout_p
+    causal: Any = spec.causal
+    if not isinstance(causal, bool):
+        say((TypeError, f"causal: expected True or False, got {type(causal).__name__}"))
     numbers: tuple[tuple[str, Any], ...] = (("scale", scale), ("softcap", softcap), ("dropout_p", p))
     for name, x in numbers:
-        if x is not None and not isinstance(x, NUMBERS):
+        if not isinstance(x, NUMBERS) and not (name == "scale" and x is None):
             way_out = "; multiply q by a scale that is a tensor" if name == "scale" else ""
             say((TypeError, f"{name}: expected a Python number, got {type(x).__name__}{way_out}"))
             return
@@ -165,7 +172,7 @@ def _check_numbers(spec: Spec, say: Callable[[Problem], None]) -> None:
     if not 0 <= softcap < float("inf"):
         say((ValueError, "softcap: expected a finite number > 0, or None for no cap"))
     for side, x in (("left", spec.window_left), ("right", spec.window_right)):
-        if x < -1:
+        if _known(x < -1):
             say(
                 (ValueError, f"window: expected at least 0 on the {side}, or None for unbounded, got a negative number")
             )
@@ -176,9 +183,28 @@ def _check_numbers(spec: Spec, say: Callable[[Problem], None]) -> None:
         say((ValueError, f"dropout_p: {step} {dropout_threshold(p) // 256}, got {p}; use 0 or 1/256 to 255/256"))
     if p and spec.dropout_seed is None:
         say((ValueError, "dropout_seed: expected an int64 tensor of one element where dropout_p > 0, got None"))
-    offsets = spec.dropout_offsets
-    if len(offsets) != 4 or any(x < 0 for x in offsets):
-        say((ValueError, f"dropout_offsets: expected (batch, head, row, column), each >= 0, got {tuple(offsets)}"))
+    _check_offsets(spec.dropout_offsets, keys, say)
+
+
+def _check_offsets(offsets: Any, keys: int, say: Callable[[Problem], None]) -> None:
+    if (
+        not isinstance(offsets, (tuple, list))
+        or len(offsets) != 4
+        or not all(isinstance(x, INTEGERS) and not _known(x < 0) and not _known(x > MAX_LENGTH) for x in offsets)
+    ):
+        expected = f"four ints from 0 to {MAX_LENGTH} (batch, head, row, column)"
+        say((ValueError, f"dropout_offsets: expected {expected}, got {offsets!r}"))
+    elif _known(offsets[3] + keys > MAX_LENGTH):
+        say((ValueError, f"dropout_offsets: expected columns up to {MAX_LENGTH}, got {offsets[3]} + {keys} keys"))
+
+
+def _known(condition: Any) -> bool:
+    """Whether a condition holds; of a number that torch.compile does not know, such as ``x.item()``, it does not."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(condition)
 
 
 def _check_options(q: Tensor, k: Tensor, spec: Spec, varlen: Varlen | None, say: Callable[[Problem], None]) -> None:
@@ -260,7 +286,7 @@ def _check_varlen(q: Tensor, varlen: Varlen, say: Callable[[Problem], None]) -> 
     for name, n in longest:
         if not isinstance(n, INTEGERS):
             say((TypeError, f"{name}: expected an int, got {type(n).__name__}"))
-        elif n < 0:
+        elif _known(n < 0):
             say((ValueError, f"{name}: expected at least 0, got {n}"))
 
 
@@ -300,7 +326,7 @@ def _fits(x: Tensor, shape: str, sizes: dict[str, int]) -> bool:
         return False
     for n, letter in zip(x.shape, shape, strict=True):
         # the size first: between equal symbols that is known without a guard
-        if n != sizes[letter] and (n != 1 or letter.isupper()):
+        if _known(n != sizes[letter]) and (n != 1 or letter.isupper()):
             return False
     return True
 

@@ -36,6 +36,7 @@ def packed(**changes: Any) -> dict[str, Any]:
     return {**right, **changes}
 
 
+JAGGED = torch.nested.nested_tensor([z(5, 4, 8), z(3, 4, 8)], layout=torch.jagged).transpose(1, 2)
 WRONG = [
     # q, k, v
     ({"q": [1.0]}, TypeError, "q: expected a torch.Tensor, got list"),
@@ -50,7 +51,12 @@ WRONG = [
     ({"k": z(2, 2, 7, 8).half()}, TypeError, "one dtype, got torch.float32, torch.float16 and .*autocast"),
     ({"k": z(2, 2, 7, 8, device="meta")}, ValueError, "one device, got cpu, meta and cpu"),
     (dict.fromkeys("qkv", z(2, 4, 5, 8).int()), NotImplementedError, "expected q, k and v in .* got torch.int32"),
+    ({"q": z(2, 4, 5, 8).to_sparse()}, TypeError, "q: expected a dense tensor, got a torch.sparse_coo one; use to_d"),
+    ({"q": JAGGED}, TypeError, "q: expected a dense tensor, got a nested one; .* flash_attention_varlen"),
     # numbers
+    ({"causal": "no"}, TypeError, "causal: expected True or False, got str"),
+    ({"causal": None}, TypeError, "causal: expected True or False, got NoneType"),
+    ({"causal": torch.ones(5, 7, dtype=torch.bool)}, TypeError, "causal: expected True or False, got Tensor"),
     ({"scale": 0.0}, ValueError, "scale: expected a finite number > 0, or None .* got 0.0"),
     ({"scale": -1}, ValueError, "scale: .* got -1"),
     ({"scale": float("nan")}, ValueError, "scale: .* got nan"),
@@ -58,6 +64,7 @@ WRONG = [
     ({"scale": torch.tensor(0.5)}, TypeError, "scale: expected a Python number, got Tensor; multiply q"),
     ({"softcap": "50"}, TypeError, "softcap: expected a Python number, got str"),
     ({"dropout_p": torch.tensor(0.5)}, TypeError, "dropout_p: expected a Python number, got Tensor"),
+    ({"dropout_p": None}, TypeError, "dropout_p: expected a Python number, got NoneType"),
     ({"softcap": 0.0}, ValueError, "softcap: expected a finite number > 0, or None"),
     ({"softcap": float("nan")}, ValueError, "softcap: "),
     ({"window": (-1, 0)}, ValueError, "window: expected at least 0 on the left, or None for unbounded"),
@@ -71,9 +78,15 @@ WRONG = [
     ({"dropout_p": 0.999}, ValueError, "dropout_p: .* rounds to 1"),
     ({"dropout_p": 0.5, "dropout_offsets": (0, 0, -1, 0)}, ValueError, "dropout_offsets: expected"),
     ({"dropout_p": 0.5, "dropout_offsets": (0, 0)}, ValueError, "dropout_offsets: expected"),
+    ({"dropout_p": 0.5, "dropout_offsets": (0, 0.5, 0, 0)}, ValueError, "dropout_offsets: expected four .* got .*0.5"),
+    ({"dropout_p": 0.5, "dropout_offsets": 3}, ValueError, "dropout_offsets: expected four ints .* got 3"),
+    ({"dropout_p": 0.5, "dropout_offsets": (2**31, 0, 0, 0)}, ValueError, "dropout_offsets: .* from 0 to 2147483647"),
+    # kernels count columns in 32 bits: the mask behind 2^31 was another than on the CPU
+    ({"dropout_p": 0.5, "dropout_offsets": (0, 0, 0, 2**31 - 7)}, ValueError, "columns up to 2147483647, got .* 7 k"),
     ({"dropout_p": 0.5, "dropout_seed": z(1)}, TypeError, "dropout_seed: expected torch.int64"),
     ({"dropout_p": 0.5, "dropout_seed": torch.tensor([1, 2])}, ValueError, "dropout_seed: expected one element"),
     ({"dropout_p": 0.5, "dropout_seed": 0.5}, TypeError, "dropout_seed: expected an int"),
+    ({"dropout_p": 0.5, "dropout_seed": 2**63}, ValueError, "dropout_seed: expected an int of 64 bits, .* got 92233"),
     # tensors
     ({"key_ranges": z(2, 1, 5, 2, dtype=torch.int64)}, TypeError, "key_ranges: expected torch.int32, got torch.int64"),
     ({"key_ranges": z(2, 1, 7, 2, dtype=torch.int32)}, ValueError, r"key_ranges: expected \[B or 1, Hq or 1, Sq, 2\]"),
@@ -241,6 +254,7 @@ def test_explanation_names_the_back_end_and_why() -> None:
     assert explanation.impl == "cpu"
     assert str(explanation).startswith("cpu\n  - ")
     assert explain_attention(**dense(impl="reference")).impl == "reference"
+    assert explain_attention(**dense(dropout_seed=5)).impl == "cpu"  # without dropout the seed is not looked at
     assert explain_attention(**packed()).impl == "cpu"
     assert explain_attention(**{n: x.to("meta") for n, x in dense().items()}).impl == "reference"
 

@@ -130,6 +130,25 @@ def test_length_known_only_at_run_time() -> None:
     assert graphs() == 1
 
 
+@pytest.mark.parametrize("kind", ["longest", "bias"])
+def test_numbers_known_only_at_run_time(kind: str) -> None:
+    """The usual max_seqlen is one; checks that asked for its value were errors of the tracer."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
+        n = int(ends.diff().max())
+        if kind == "longest":
+            rows = [x[0].transpose(0, 1) for x in (q, k, v)]
+            return flash_attention_varlen(*rows, ends, ends, n, n, causal=True)
+        return flash_attention(q, k[:, :, :n], v[:, :, :n], bias=q.new_zeros(1, 1, 1, n))
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+        for ends in (torch.tensor([0, 5, 16]), torch.tensor([0, 7, 16])):
+            call = functools.partial(function, ends=ends)
+            assert_same_as_eager(functools.partial(compiled, ends=ends), call, qkv(2, 16))
+    assert graphs() == 1
+
+
 def test_integers_are_symbols_and_do_not_make_graphs() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor, left: int, row: int) -> Tensor:
         return flash_attention(q, k, v, window=(left, 0), dropout_p=0.5, dropout_seed=5, dropout_offsets=(0, 0, row, 0))

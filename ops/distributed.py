@@ -31,11 +31,14 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
 
     Source: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory" (2021).
     """
+    if wrong := [type(x).__name__ for x in (*outs, *lses) if not isinstance(x, Tensor)]:
+        raise TypeError(f"outs, lses: expected tensors, got {', '.join(wrong)}")
     shapes = {(tuple(out.shape), tuple(lse.shape)) for out, lse in zip(outs, lses, strict=False)}
-    if len(outs) != len(lses) or len(shapes) != 1:
+    fits = all(rows == (out[1::-1] if len(out) == 3 else out[:-1]) for out, rows in shapes)
+    if len(outs) != len(lses) or len(shapes) != 1 or not fits:
         raise ValueError(
-            f"outs, lses: expected as many outs as lses, at least one, of one shape, got {len(outs)} and {len(lses)} "
-            f"of shapes {sorted(shapes)}"
+            "outs, lses: expected as many outs as lses, at least one, of one shape ([B, H, S, D] with [B, H, S], or "
+            f"[T, H, D] with [H, T]), got {len(outs)} and {len(lses)} of shapes {sorted(shapes)}"
         )
     work = torch.float64 if outs[0].dtype == torch.float64 else torch.float32
     parts = torch.stack([lse.to(work) for lse in lses])

@@ -48,7 +48,7 @@ def place_of(group: Any = None, layout: str = "zigzag") -> Place:
 
     Raises:
         ValueError: an unknown layout, or a mesh of several dimensions. TypeError: what is no group.
-        RuntimeError: torch.distributed has not been initialised (torch's own error).
+        RuntimeError: torch.distributed has not been initialised.
     """
     if layout not in CHUNKS:
         raise ValueError(f"layout: expected one of {', '.join(map(repr, CHUNKS))}, got {layout!r}")
@@ -62,6 +62,11 @@ def place_of(group: Any = None, layout: str = "zigzag") -> Place:
         group = group.get_group()
     if group is None:
         group = dist.group.WORLD
+        if group is None:
+            raise RuntimeError(
+                "group: torch.distributed has not been initialised; start with torchrun and call "
+                "torch.distributed.init_process_group() first"
+            )
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group: expected a ProcessGroup, a DeviceMesh or None, got {type(group).__name__}")
     return Place(group.group_name, group.rank(), group.size(), layout)

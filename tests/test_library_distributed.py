@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,13 @@ import torch
 from ranks import RANKS, gloo, on_ranks
 from torch import Tensor, nn
 
-from hf_flash_mc.ops import flash_attention, flash_attention_varlen, merge_attention
+from hf_flash_mc.ops import (
+    flash_attention,
+    flash_attention_varlen,
+    merge_attention,
+    ring_attention,
+    ulysses_attention,
+)
 from hf_flash_mc.ops.reference import reference_attention
 
 # ---- merge_attention -------------------------------------------------------------------------------------------------
@@ -75,9 +82,20 @@ def test_merge_of_packed_parts_and_low_precision() -> None:
 
 def test_merge_refuses_what_does_not_fit() -> None:
     out, lse = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3)
-    for outs, lses in (([], []), ([out], [lse, lse]), ([out, out[:, :, :1]], [lse, lse])):
+    wrong = [([], []), ([out], [lse, lse]), ([out, out[:, :, :1]], [lse, lse])]
+    wrong += [([out], [x]) for x in (lse.transpose(1, 2), lse[:, :1], lse[..., None])]  # the second would broadcast
+    for outs, lses in wrong:
         with pytest.raises(ValueError, match="as many outs as lses"):
             merge_attention(outs, lses)
+    with pytest.raises(TypeError, match="outs, lses: expected tensors, got float"):
+        merge_attention([out, 1.0], [lse, lse])
+
+
+@pytest.mark.parametrize("function", [ring_attention, ulysses_attention])
+def test_without_a_process_group_the_error_says_so(function: Callable[..., torch.Tensor]) -> None:
+    q = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(RuntimeError, match=r"torch.distributed has not been initialised; .*init_process_group\(\)"):
+        function(q, q, q)
 
 
 # ---- two processes ---------------------------------------------------------------------------------------------------

@@ -113,7 +113,10 @@ class Lens(nn.Module):
 
     def span(self, lod: Tensor) -> Tensor:
         """Tokens that entries stand for: int64 ``[N]``."""
-        return torch.pow(self.block_size, lod.long())
+        span = torch.ones_like(lod, dtype=torch.int64)
+        for level in range(1, self.max_lod + 1):  # pow of integers would be a kernel of its own in a compiled lens
+            span = torch.where(lod == level, self.block_size**level, span)
+        return span
 
     def middle(self, context: LensInput) -> Tensor:
         """The middle of each entry, in tokens back from the cursor: float32 ``[N]``, small where it matters."""
@@ -304,12 +307,15 @@ class TrainedLens(Lens):
 
     def finished(self, x: Tensor, columns: Tensor, context: LensInput) -> Tensor:
         """Scores from the network's output ``[B, N, W]`` and what `described` found of the entries."""
-        first, activation, last = self.head
-        own, features = first.weight.split(x.shape[-1], 1)  # type: ignore[operator]
+        layers: Any = self.head
+        first, activation, last = layers
+        own, features = first.weight.split(x.shape[-1], 1)
         # the head of [output; features]: features are linear in few columns, which are multiplied in their place
         weight = torch.cat((own, features @ self.features.weight), 1)
-        hidden = activation(F.linear(torch.cat((rms_norm(x), columns), -1), weight, first.bias))  # type: ignore[arg-type]
-        raw = last(hidden)[..., 0].reshape(context.start.shape).float()
+        hidden = activation(F.linear(torch.cat((rms_norm(x), columns), -1), weight, first.bias))
+        # one row of weights: a sum that a compiled lens takes as it makes the activations, which are never stored
+        raw = (hidden.float() * last.weight[0].float()).sum(-1) + last.bias.float()
+        raw = raw.reshape(context.start.shape)
         if self.prior is not None:
             raw = raw + self.prior(context).clamp(-0.999, 0.999).atanh()
         return raw.tanh()

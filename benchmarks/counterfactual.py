@@ -14,7 +14,7 @@ its root mean square, and be twice as large in its maximum, as in the tests; in 
 - full, full-sdpa: a forward over all P + S tokens, with our attention and with stock sdpa, times V.
 - expanded-sdpa: stock transformers: one forward of V rows of S tokens over a cache of P keys repeated V times.
 
-The file is written anew after each of them.
+Kernels are compiled first, in parallel processes. The file is written anew after each line.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_flash_mc import MegaContextConfig, attach_megacontext
 from hf_flash_mc.measure import record, timing
+from hf_flash_mc.measure.warm import in_parallel
 from hf_flash_mc.megacontext import CounterfactualScorer, Edits
 from hf_flash_mc.megacontext.attach import cache_argument
 from hf_flash_mc.megacontext.evaluate import target_losses
@@ -46,6 +48,7 @@ SHAPES = {  # hidden size, MLP, layers, query and KV heads, vocabulary
 TOLERANCE = 1e-3  # nats of one token's loss in float32
 RMS_RATIO, MAX_RATIO = 1.2, 2.0  # of the scorer's error to the edited session's, in half precision
 SAMPLES = 5
+COMPILING = 120.0  # seconds; what is not compiled by then is when it is needed
 Row = dict[str, Any]
 
 
@@ -56,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
     method = f"median, p20 and p80 of {SAMPLES} samples; checked before timing"
     run = record.describe_command(device, ["python", "-m", "benchmarks.counterfactual"], given, method, options.dtype)
     rows: list[Row] = []
+    if device.type == "cuda":
+        jobs = {f"{shape}, {part}": (shape, part, options) for shape in options.shape for part in PARTS}
+        in_parallel("compiling", run_part, jobs, COMPILING)
     for shape in options.shape:
         for row in measure(shape, options, device):
             rows.append(row)
@@ -80,56 +86,99 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 def measure(shape: str, options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """Check, then time, every way for one shape of model."""
-    count, prefix, suffix = options.variants, options.prefix, options.suffix
-    slots = prefix + 2 * suffix + BLOCK * count
-    model = random_model(shape, slots, getattr(torch, options.dtype), device)
+    count, suffix = options.variants, options.suffix
+    model = random_model(shape, slots_of(options), getattr(torch, options.dtype), device)
     exact = copy.deepcopy(model).float()
     exact.set_attn_implementation("eager")
+    case = prepare(model, options)
+    wanted, theirs = edited_losses(case, exact)
+    assert wanted is not None
+    del exact  # its room is needed
+    errors = check(case.ours() - wanted, theirs - wanted, options.dtype)
+    head = {"shape": shape, "variants": count, "prefix": options.prefix, "suffix": suffix, "dtype": options.dtype}
+    base = 0.0
+
+    def timed(name: str, call: Callable[[], Any], times: int = 1, warmup: int = 1) -> Row:
+        with torch.no_grad():
+            found = timing.spread(call, device, SAMPLES, warmup)
+        found = {key: time * times for key, time in found.items()}
+        median = found["median_ms"]
+        return {**head, **errors, "implementation": name, **found, "times_ours": median / (base or median)}
+
+    first = timed("ours", case.ours, warmup=0)  # both ran for the check
+    base = first["median_ms"]
+    yield first
+    yield timed("session", lambda: edited_losses(case), warmup=0)
+    yield timed("full", case.full, count)
+    with model.megacontext.disable():
+        yield timed("full-sdpa", case.full, count)
+        yield timed("expanded-sdpa", expanded_call(model, case.whole, count, suffix))
+
+
+@dataclass
+class Case:
+    """A model with a working context, and what is asked of it."""
+
+    model: Any
+    session: Any
+    scorer: CounterfactualScorer
+    variants: list[Edits]
+    targets: Tensor
+    whole: Tensor  # [1, P + S]
+
+    def ours(self) -> Tensor:
+        """Losses [V, S]."""
+        return self.scorer.losses(self.variants, self.targets, batch=len(self.variants))
+
+    def full(self) -> Any:
+        """A forward over everything, for one variant."""
+        return self.model(self.whole, logits_to_keep=len(self.targets), use_cache=False)
+
+
+def slots_of(options: argparse.Namespace) -> int:
+    """Of the working context, with room for what is expanded and read."""
+    return options.prefix + 2 * options.suffix + BLOCK * options.variants
+
+
+def prepare(model: Any, options: argparse.Namespace) -> Case:
+    """Read a history of which ``--variants`` blocks become gists, to be expanded by a variant each."""
+    count, prefix, slots = options.variants, options.prefix, slots_of(options)
     config = MegaContextConfig(block_size=BLOCK, w_max=slots, recent_tokens=RECENT, lens={"kind": "gist_mass"})
     attach_megacontext(model, config)
-    vocabulary = SHAPES[shape][-1]
+    vocabulary = model.config.vocab_size
     history = torch.randint(vocabulary, (prefix + (BLOCK - 1) * count,), generator=torch.Generator().manual_seed(1))
     session = model.megacontext.session(observe=0)
     session.ingest(history)
     starts = BLOCK + BLOCK * torch.arange(count) * max(1, (len(history) - RECENT - 2 * BLOCK) // (BLOCK * count))
     session.apply(Edits.of([(-1, int(start), 1) for start in starts]))
-    ids = torch.randint(vocabulary, (prefix + suffix,), generator=torch.Generator().manual_seed(0))
-    targets, variants = ids[:suffix], [Edits.of([(1, int(start), 1)]) for start in starts]
-    scorer = CounterfactualScorer(session)
-    wanted, theirs = edited_losses(session, variants, targets, exact)
-    assert wanted is not None
-    del exact  # its room is needed
-    errors = check(scorer.losses(variants, targets, batch=count) - wanted, theirs - wanted, options.dtype)
-    head = {"shape": shape, "variants": count, "prefix": prefix, "suffix": suffix, "dtype": options.dtype, **errors}
-    base = 0.0
-
-    def timed(name: str, call: Callable[[], Any], times: int = 1) -> Row:
-        with torch.no_grad():
-            found = timing.spread(call, device, SAMPLES, warmup=1)
-        found = {key: time * times for key, time in found.items()}
-        median = found["median_ms"]
-        return {**head, "implementation": name, **found, "times_ours": median / (base or median)}
-
-    whole = ids[None].to(device)
-
-    def full() -> Any:
-        return model(whole, logits_to_keep=suffix, use_cache=False)
-
-    first = timed("ours", lambda: scorer.losses(variants, targets, batch=count))
-    base = first["median_ms"]
-    yield first
-    yield timed("session", lambda: edited_losses(session, variants, targets))
-    yield timed("full", full, count)
-    with model.megacontext.disable():
-        yield timed("full-sdpa", full, count)
-        yield timed("expanded-sdpa", expanded_call(model, whole, count, suffix))
+    ids = torch.randint(vocabulary, (prefix + options.suffix,), generator=torch.Generator().manual_seed(0))
+    variants = [Edits.of([(1, int(start), 1)]) for start in starts]
+    targets, whole = ids[: options.suffix], ids[None].to(model.device)
+    return Case(model, session, CounterfactualScorer(session), variants, targets, whole)
 
 
-def random_model(shape: str, positions: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """A Llama-shaped model with random weights."""
-    hidden, mlp, layers, heads, kv_heads, vocabulary = SHAPES[shape]
+PARTS: dict[str, Callable[[Case], Any]] = {
+    "ours": Case.ours,
+    "session": lambda case: edited_losses(replace(case, variants=case.variants[:1])),
+    "full": Case.full,
+}
+
+
+def run_part(job: tuple[str, str, argparse.Namespace]) -> None:
+    """One way, once, through one layer: its kernels are those of all layers."""
+    shape, part, options = job
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    with torch.no_grad():
+        PARTS[part](prepare(random_model(shape, slots_of(options), dtype, device, layers=1), options))
+
+
+def random_model(
+    shape: str, positions: int, dtype: torch.dtype, device: torch.device, layers: int | None = None
+) -> Any:
+    """A Llama-shaped model with random weights, of all layers or of some."""
+    hidden, mlp, every, heads, kv_heads, vocabulary = SHAPES[shape]
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers or every,
         num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=positions,
         tie_word_embeddings=True,
     )  # fmt: skip
@@ -161,16 +210,15 @@ def filled(model: Any, pairs: list[list[Tensor]]) -> DynamicCache:
     return cache
 
 
-def edited_losses(
-    session: Any, variants: list[Edits], targets: Tensor, exact: Any = None
-) -> tuple[Tensor | None, Tensor]:
+def edited_losses(case: Case, exact: Any = None) -> tuple[Tensor | None, Tensor]:
     """Losses [V, S] by editing the session itself; before them those of the model ``exact`` after the same edits."""
-    before, found, wanted = session.working_context.copy(), [], []
-    for edits in variants:
+    session, found, wanted = case.session, [], []
+    before = session.working_context.copy()
+    for edits in case.variants:
         session.apply(edits)
-        found.append(torch.from_numpy(target_losses(session, targets)))
+        found.append(torch.from_numpy(target_losses(session, case.targets)))
         if exact is not None:
-            wanted.append(exact_losses(session, exact, targets))
+            wanted.append(exact_losses(session, exact, case.targets))
         session.restore(before)
     return torch.stack(wanted) if wanted else None, torch.stack(found)
 

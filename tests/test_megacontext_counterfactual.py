@@ -145,6 +145,27 @@ def test_the_benchmark_keeps_each_row_once_it_is_measured(tmp_path: Path, monkey
     assert [row["implementation"] for row in json.loads(path.read_text())["rows"]] == ["ours"]
 
 
+@pytest.mark.parametrize("part", counterfactual.PARTS)
+def test_one_layer_compiles_the_kernels_of_all(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, options = counterfactual.random_model, ["--variants", "2", "--prefix", "200", "--suffix", "8"]
+
+    def calls(layers: int) -> list[list[int]]:
+        """What attention of the first layer is given, while the model has so many."""
+        seen: list[list[int]] = []
+
+        def watched(*args: Any, **_: Any) -> Any:
+            model = real(*args, layers=layers)
+            model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda m, x, y: seen.append(list(y.shape)))
+            return model
+
+        monkeypatch.setattr(counterfactual, "random_model", watched)
+        counterfactual.run_part(("tiny", part, counterfactual._options([*options, "--device", "cpu"])))
+        return seen
+
+    assert calls(1) == calls(2)
+    assert len(calls(1)) > 1
+
+
 @pytest.mark.parametrize(
     ("ours", "dtype", "fits"),
     [(1.1, "bfloat16", True), (1.3, "bfloat16", False), (1e-4, "float32", True), (0.1, "float32", False)],

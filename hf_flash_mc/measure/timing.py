@@ -26,8 +26,8 @@ HOST_CALLS, HOST_REPEATS = 100, 15
 class Effort:
     """``rounds`` of every implementation, each round in another order.
 
-    So clocks and neighbours drift over all of them alike, and none always follows one that draws little power and leaves
-    the GPU cool.
+    So clocks and neighbours drift over all of them alike, and none always follows one that draws little power and
+    leaves the GPU cool.
     """
 
     rounds: int = 6
@@ -37,7 +37,8 @@ class Effort:
     @property
     def text(self) -> str:
         return (
-            f"median, p20 and p80 over {self.rounds} rounds of {self.sample_ms} ms in changing order; checked before timing"
+            f"median, p20 and p80 over {self.rounds} rounds of {self.sample_ms} ms in changing order; checked before "
+            "timing"
         )
 
 

@@ -187,7 +187,7 @@ def test_emulator_notices(old: str, new: str, tmp_path: Path, monkeypatch: pytes
 
 VARIANTS = ("128-causal-512", "128-ranges-512", "128-dropout-512")
 # spill stores beyond 0: of the producer warp, which waits most of its time
-SPILLS = {("128-causal-512", "3.6"): 3, ("128-ranges-512", "3.6"): 19, ("128-ranges-512", "3.9"): 14,
+SPILLS = {("128-causal-512", "3.6"): 3, ("128-ranges-512", "3.6"): 20, ("128-ranges-512", "3.9"): 14,
           ("128-dropout-512", "3.6"): 8, ("128-dropout-512", "3.9"): 53}  # yet faster than half the tile, by 8 % on 3.6
 
 

@@ -112,8 +112,12 @@ def hide(s, lo, hi, col, F: gl.constexpr):
 
 
 @gluon.jit
-def softmax_tile(s, m, l, scale_log2, FOLD: gl.constexpr):
-    """One step of the online softmax in base 2 (see portable/common.py, softmax_step); FOLD scales in the exponent."""
+def softmax_tile(s, m, l, scale_log2, FOLD: gl.constexpr, SUMS: gl.constexpr):
+    """One step of the online softmax in base 2 (see portable/common.py, softmax_step); FOLD scales in the exponent.
+
+    ``l`` [64, 8] has a layout of its own, SUMS: each thread sums the weights that it holds. Their exchange between the
+    four threads of a row in every tile cost 2 % at head dim 128, 16 % at 64 (H100, causal, S 16384).
+    """
     if FOLD:
         new = gl.maximum(m, gl.max(s, 1) * scale_log2)
     else:
@@ -124,7 +128,8 @@ def softmax_tile(s, m, l, scale_log2, FOLD: gl.constexpr):
     else:
         p = gl.exp2(s - safe[:, None])
     alpha = gl.exp2(m - safe)
-    return p, new, l * alpha + gl.sum(p, 1), alpha
+    own = gl.convert_layout(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 8]), 1), SUMS)
+    return p, new, l * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None] + own, alpha
 
 
 @gluon.jit

@@ -264,7 +264,7 @@ def _any_removed(weight, F: gl.constexpr):
 
 @gluon.jit
 def _tile_softmax(s, m, l, n0, masked, lo, hi, row, weight, removed, bits, terms, rules, LAYOUT: gl.constexpr,
-                  DTYPE: gl.constexpr, F: gl.constexpr, C: gl.constexpr):  # fmt: skip
+                  SUMS: gl.constexpr, DTYPE: gl.constexpr, F: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """From a tile of q.k to weights: logits, visibility, online softmax, dropout."""
     LOGITS: gl.constexpr = C.LOGITS
     scale, softcap, slope, dropout, row0 = terms
@@ -282,7 +282,7 @@ def _tile_softmax(s, m, l, n0, masked, lo, hi, row, weight, removed, bits, terms
             s = weigh(s, weight, removed, C.STAGED)
     if masked:
         s = hide(s, lo, hi, col, F)
-    p, m, l, alpha = softmax_tile(s, m, l, scale_log2, FOLD)
+    p, m, l, alpha = softmax_tile(s, m, l, scale_log2, FOLD, SUMS)
     if F.HAS_DROPOUT:
         p = drop_by_row(p, bits, dropout, row0, n0, LAYOUT, DTYPE, F)
     return p, m, l, alpha
@@ -320,6 +320,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
     LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     LP: gl.constexpr = gl.DotOperandLayout(0, LO, 2)
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, LS)
     COL: gl.constexpr = gl.SliceLayout(0, LS)
     ROW_O: gl.constexpr = gl.SliceLayout(1, LO)
@@ -376,11 +377,11 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
         row = row0 + gl.arange(0, 64, layout=ROW)
         lo, hi = row_ranges(ranges, stride_rm, row, sq, sk, window_left, window_right, F)
         m = gl.full([64], float("-inf"), gl.float32, ROW)
-        l = gl.zeros([64], gl.float32, ROW)
+        l = gl.zeros([64, 8], gl.float32, SUMS)
         if F.HAS_SINKS:
             sink = gl.load(sinks_ptr + head).to(gl.float32)
             m = gl.zeros([64], gl.float32, ROW) + sink * LOG2E
-            l = gl.where(m == float("-inf"), 0.0, l + 1.0)
+            l = l + gl.where(sink == float("-inf"), 0.0, 0.125)  # 1, over 8 columns
         acc = gl.zeros([64, DV], gl.float32, LO)
 
         bar_arrive(K_FREE + count % STAGES, GROUPS * 128 + 32)
@@ -395,7 +396,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             coming = _tile_weights(weights, tile_start(1, plan, BLOCK_N), sk, COL, F)
         bits = bits_by_row(dropout, row0, n0, F)
         p, m, l, alpha = _tile_softmax(
-            s, m, l, n0, masked > 0, lo, hi, row, weight, removed, bits, terms, rules, LS, dtype, F, C
+            s, m, l, n0, masked > 0, lo, hi, row, weight, removed, bits, terms, rules, LS, SUMS, dtype, F, C
         )
         pd = gl.convert_layout(p.to(dtype), LP)
         for i in range(1, n_tiles):
@@ -425,7 +426,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             if i == n_tiles - 1:
                 bar_arrive(q_free, GROUPS * 128 + 32)
             p, m, l, alpha = _tile_softmax(
-                s, m, l, n0, i < masked, lo, hi, row, weight, removed, bits, terms, rules, LS, dtype, F, C
+                s, m, l, n0, i < masked, lo, hi, row, weight, removed, bits, terms, rules, LS, SUMS, dtype, F, C
             )
             if C.SPLIT:  # noqa: SIM102 (a branch at run time inside one at compile time)
                 # never so; but where code branches, ptxas cannot move the wait below above the exponentials
@@ -465,6 +466,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
         q = _queries(q_s, items, GROUP, C)
         s = _first_product(record[0], q, k_s, q_full, k_full, items, count, zero, F, C)
 
+        l = gl.convert_layout(gl.sum(l, 1), ROW)
         # a row that met no key: l is 0, or it holds the sink alone, and acc is 0 either way
         nothing = l == 0.0
         l_safe = gl.where(nothing, 1.0, l)

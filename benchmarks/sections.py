@@ -2,7 +2,7 @@
 
 Quality from results/quality-*.json (`hf-flash-mc evaluate --out`), needles and soak from needles-*.json and soak-*.json
 (examples/needle.py and soak.py), parts from megacontext-*.json (`benchmarks.megacontext`), kills from
-training-kills-*.json (`benchmarks.kills`). A picture of the same name, quality-X.png, is shown beneath its table.
+training-kills-*.json (`benchmarks.kills`), memory from activation-memory-*.json (`benchmarks.activation_memory`). A picture of the same name, quality-X.png, is shown beneath its table.
 """
 
 from __future__ import annotations
@@ -82,11 +82,32 @@ def kills(found: Found) -> str:
     return markdown_table(head, body)
 
 
+def activations(found: Found) -> str:
+    """Ours and eager side by side, "read / learn", and how much less the fuller part of ours takes."""
+    pairs: dict[tuple[Any, ...], dict[str, Found]] = {}
+    for row in found["rows"]:
+        pairs.setdefault((row["head"], row["context"], row["batch"]), {})[row["attention"]] = row
+    body = []
+    for (head, context, batch), ways in pairs.items():
+        most, shown = {}, []
+        for way in ("ours", "eager"):
+            row = ways.get(way, {})
+            if "read_mib" in row:
+                most[way] = max(row["read_mib"], row["learn_mib"])
+                shown.append(f"{row['read_mib']:,.0f} / {row['learn_mib']:,.0f} ({row['kept_mib']:,.0f} kept)")
+            else:
+                shown.append(row.get("note", "-"))
+        ratio = f"{most['eager'] / most['ours']:.1f}" if len(most) == 2 else "-"
+        body.append([head, f"{context:,}", str(batch), *shown, ratio])
+    return markdown_table(["head", "context", "windows", "ours, MiB", "eager, MiB", "eager / ours"], body)
+
+
 KINDS: dict[str, tuple[str, Callable[[Found], str]]] = {
     "quality": ("quality-*.json", quality),
     "needles": ("needles-*.json", needles),
     "soak": ("soak-*.json", soak),
     "parts": ("megacontext-*.json", parts),
+    "activations": ("activation-memory-*.json", activations),
     "kills": ("training-kills-*.json", kills),
 }
 

@@ -366,3 +366,20 @@ def test_chosen_parts_of_megacontext_are_kept_once_they_are_timed(
         megacontext.main([*sizes, "--device", "cpu", "--out", str(out), "--only", "refocus", "decoding"])
     parts = [row["part"] for row in json.loads(out.read_text())["rows"]]
     assert parts == ["refocus, recall lens", "refocus, random lens"]
+
+
+def test_memory_of_training_is_counted_on_both_ways_of_attention(tmp_path: Path) -> None:
+    from benchmarks import activation_memory
+
+    sizes = ["--shape", "tiny", "--context", "256", "--batch", "2", "--block", "8", "--dtype", "float32"]
+    assert activation_memory.main([*sizes, "--device", "cpu", "--out", str(tmp_path / "out.json")]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(row["head"], row["attention"]) for row in rows] == [
+        (head, way) for head in activation_memory.HEADS for way in ("ours", "eager")
+    ]
+    for ours, eager in zip(rows[::2], rows[1::2], strict=True):
+        assert eager["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+        if ours["head"] == "lens":  # which learns from what was measured without gradients
+            assert eager["kept_mib"] == ours["kept_mib"]
+        else:
+            assert eager["kept_mib"] > 1.3 * ours["kept_mib"]

@@ -35,6 +35,13 @@ SOAK = {
     "history_mib": 234.5,
     "problems": [],
 }
+ACTIVATIONS = {
+    "rows": [
+        {"head": "lens", "context": 2048, "batch": 8, "attention": way, "read_mib": a, "learn_mib": b, "kept_mib": 7.0}
+        for way, a, b in (("ours", 100.0, 250.0), ("eager", 1500.0, 250.0))
+    ]
+    + [{"head": "gists, kv", "context": 8192, "batch": 2, "attention": "eager", "note": "out of memory"}]
+}
 KILL = {"script": "finetune.py", "kills": 20, "kills within a checkpoint": 3, "runs": 9}
 KILLS = {"rows": [KILL | {"same losses": True, "same weights": same} for same in (True, False)]}
 
@@ -103,3 +110,10 @@ def test_every_kind_has_its_place_in_docs() -> None:
     pages = "".join((report.ROOT / "docs" / name).read_text() for name in sections.PAGES)
     for name in sections.KINDS:
         assert pages.count(f"<!-- {name}:begin -->") == pages.count(f"<!-- {name}:end -->") == 1
+
+
+def test_memory_of_training_compares_the_fuller_parts(tmp_path: Path) -> None:
+    write(tmp_path, "activation-memory-a.json", ACTIVATIONS)
+    text = sections.filled(page("activations"), tmp_path)
+    assert "| lens | 2,048 | 8 | 100 / 250 (7 kept) | 1,500 / 250 (7 kept) | 6.0 |" in text
+    assert "| gists, kv | 8,192 | 2 | - | out of memory | - |" in text

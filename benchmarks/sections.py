@@ -1,8 +1,9 @@
 """Sections of docs/ made from JSON result files: what stands between <!-- NAME:begin --> and <!-- NAME:end -->.
 
-Quality from results/quality-*.json (`hf-flash-mc evaluate --out`), needles and soak from needles-*.json and soak-*.json
-(examples/needle.py and soak.py), parts from megacontext-*.json (`benchmarks.megacontext`), kills from
-training-kills-*.json (`benchmarks.kills`), memory from activation-memory-*.json (`benchmarks.activation_memory`). A picture of the same name, quality-X.png, is shown beneath its table.
+Quality from results/quality-*.json (`hf-flash-mc evaluate --out`), needles and soak from needles-*.json and
+soak-*.json (examples/needle.py and soak.py), parts from megacontext-*.json (`benchmarks.megacontext`), kills from
+training-kills-*.json (`benchmarks.kills`), memory from activation-memory-*.json (`benchmarks.activation_memory`). A
+picture of the same name, quality-X.png, is shown beneath its table.
 """
 
 from __future__ import annotations

@@ -268,6 +268,10 @@ for _name in ("attn", "attn_varlen"):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}_bwd", no_double_backward, lib=_lib)
 
 
+# whether torch.vmap maps over a gradient, or is_grads_batched of torch.autograd.grad does: those must see the op
+_is_mapped, _is_mapped_by_autograd = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
+
+
 class _Attention(torch.autograd.Function):
     """Eager autograd: a third of the host time of the formula registered on the op.
 
@@ -304,7 +308,9 @@ class _Attention(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[:6])
         deterministic = torch.are_deterministic_algorithms_enabled()
         # compiled autograd traces this, and must see the op itself
-        if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and nobody_watches(q, k, v):
+        by_op = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        by_op = by_op or any(x is not None and (_is_mapped(x) or _is_mapped_by_autograd(x)) for x in (dout, dlse))
+        if not by_op and nobody_watches(q, k, v):
             found = _find_gradients(dout, dlse, q, k, v, out, lse, needs, deterministic, impl, spec, varlen)
         else:
             call = (*(varlen or ()), impl, *spec)
@@ -334,6 +340,7 @@ class _Repeated(_Attention):
             and ctx.needs_input_grad[:3] == (True, True, True)
             and not torch.compiler.is_compiling()
             and not torch.is_grad_enabled()
+            and not (_is_mapped(dout) or _is_mapped_by_autograd(dout))
             and not torch.are_deterministic_algorithms_enabled()
         ):
             q, k, v, out, lse = ctx.saved_tensors

@@ -310,6 +310,18 @@ def test_second_derivative_raises_instead_of_dropping_terms() -> None:
             grad.sum().backward()
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 3.0}], ids=["kernel", "tiles"])
+def test_batches_of_gradients(options: dict[str, Any]) -> None:
+    """vmap over backward passes met the body of the op, whose steps in place it cannot map."""
+    q, k, v = qkv()
+    out, lse = flash_attention(q, k, v, return_lse=True, **options)
+    douts, dlses = torch.randn(3, *out.shape), torch.randn(3, *lse.shape)
+    backward = functools.partial(torch.autograd.grad, (out, lse), (q, k, v), retain_graph=True)
+    expected = [torch.stack(x) for x in zip(*map(backward, zip(douts, dlses, strict=True)), strict=True)]
+    torch.testing.assert_close(list(backward((douts, dlses), is_grads_batched=True)), expected)
+    torch.testing.assert_close(list(torch.vmap(lambda *x: backward(x))(douts, dlses)), expected)
+
+
 def test_forward_mode_raises_instead_of_giving_zero() -> None:
     q, k, v = qkv(requires_grad=False)
     with pytest.raises(NotImplementedError, match="forward-mode"):

@@ -357,6 +357,23 @@ def test_all_arguments_by_position() -> None:
     torch.testing.assert_close(out[1], lse.transpose(0, 1).flatten(1), check_dtype=False)
 
 
+def test_wrong_shapes_and_windows_are_named() -> None:
+    q, cu = rows(2, 3, 4, 8), torch.tensor([0, 3], dtype=torch.int32)
+    for window in (3, (1, 2, 3)):
+        with pytest.raises(TypeError, match=r"window_size: expected \(left, right\), -1 for unbounded, got"):
+            fa2.flash_attn_func(q, q, q, window_size=window)
+    with pytest.raises(ValueError, match=r"qkv: expected \[B, S, 3, H, D\], got \[2, 3, 4, 8\]"):
+        fa2.flash_attn_qkvpacked_func(q)
+    with pytest.raises(ValueError, match=r"kv: expected \[B, S, 2, H, D\]"):
+        fa2.flash_attn_kvpacked_func(q, q[:, :, None].expand(2, 3, 3, 4, 8))
+    with pytest.raises(ValueError, match=r"qkv: expected \[T, 3, H, D\]"):
+        fa2.flash_attn_varlen_qkvpacked_func(q[:, :2], cu, 3)
+    with pytest.raises(ValueError, match=r"kv: expected \[T, 2, H, D\]"):
+        fa2.flash_attn_varlen_kvpacked_func(q[0], q, cu, cu, 3, 3)
+    with pytest.raises(ValueError, match=r"qkv: expected \[B, S, 3, H, D\]"):
+        fa3.flash_attn_qkvpacked_func(q[:, :, None])
+
+
 def test_what_is_lacking_raises() -> None:
     q, cu = rows(2, 3, 2, 8), torch.tensor([0, 3], dtype=torch.int32)
     with pytest.raises(NotImplementedError, match="qv, q_descale"):

@@ -26,8 +26,17 @@ def visibility(causal: bool, window: tuple[int, int]) -> dict[str, Any]:
 
 def sides(window: tuple[int | None, int | None]) -> tuple[int, int]:
     """window_size as two integers; None, which FlashAttention-4 has for unbounded, is -1."""
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window_size: expected (left, right), -1 for unbounded, got {window!r}")
     left, right = (-1 if side is None else side for side in window)
     return left, right
+
+
+def parts(name: str, x: Tensor, dim: int, count: int, layout: str) -> tuple[Tensor, ...]:
+    """The tensors that ``x`` packs along a dimension."""
+    if x.dim() != dim + 3 or x.shape[dim] != count:
+        raise ValueError(f"{name}: expected {layout}, got {list(x.shape)}")
+    return x.unbind(dim)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Result:

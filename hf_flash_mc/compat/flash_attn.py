@@ -31,13 +31,13 @@ def flash_attn_func(
 
 def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Any:
     """``flash_attn_func`` with k and v as one tensor: kv ``[B, Sk, 2, Hkv, D]``."""
-    k, v = kv.unbind(2)
+    k, v = calls.parts("kv", kv, 2, 2, "[B, S, 2, H, D]")
     return flash_attn_func(q, k, v, *args, **kwargs)
 
 
 def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **kwargs: Any) -> Any:
     """``flash_attn_func`` with q, k and v as one tensor: qkv ``[B, S, 3, H, D]``."""
-    q, k, v = qkv.unbind(2)
+    q, k, v = calls.parts("qkv", qkv, 2, 3, "[B, S, 3, H, D]")
     return flash_attn_func(q, k, v, *args, **kwargs)
 
 
@@ -59,7 +59,7 @@ def flash_attn_varlen_func(
 
 def flash_attn_varlen_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> Any:
     """``flash_attn_varlen_func`` with kv ``[Tk, 2, Hkv, D]``."""
-    k, v = kv.unbind(1)
+    k, v = calls.parts("kv", kv, 1, 2, "[T, 2, H, D]")
     return flash_attn_varlen_func(q, k, v, *args, **kwargs)
 
 
@@ -67,7 +67,7 @@ def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *args: Any, **kwargs: Any
 ) -> Any:
     """``flash_attn_varlen_func`` with qkv ``[T, 3, H, D]``."""
-    q, k, v = qkv.unbind(1)
+    q, k, v = calls.parts("qkv", qkv, 1, 3, "[T, 3, H, D]")
     return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
 
 

@@ -37,7 +37,7 @@ def flash_attn_qkvpacked_func(
 ) -> Any:  # fmt: skip
     """``flash_attn_func`` of qkv ``[B, S, 3, H, D]``, or ``[B, S, num_heads_q + 2 * Hkv, D]``."""
     if qkv.dim() == 5:
-        q, k, v = qkv.unbind(2)
+        q, k, v = calls.parts("qkv", qkv, 2, 3, "[B, S, 3, H, D]")
     else:
         if num_heads_q is None:
             raise ValueError(

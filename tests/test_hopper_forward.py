@@ -143,7 +143,7 @@ def test_what_only_the_named_back_end_takes(case: Case, config: HopperConfig | N
 
 
 RELEASE = "bar_arrive(K_FREE + stage, GROUPS * 128 + 32)"
-WAIT = "s = warpgroup_mma_wait(1, deps=(s,))"
+WAIT = "s = warpgroup_mma_wait(2 if C.HALVES else 1, deps=(s,))"
 INDENT = "\n            "
 BETWEEN = f"{INDENT}if C.STAGED:{INDENT}    weight, removed = _staged_weights(weights_s, count + 1, COL, C){INDENT}"
 MUTATIONS = {
@@ -188,7 +188,7 @@ def test_emulator_notices(old: str, new: str, tmp_path: Path, monkeypatch: pytes
 VARIANTS = ("128-causal-512", "128-ranges-512", "128-dropout-512")
 # spill stores beyond 0: of the producer warp, which waits most of its time
 SPILLS = {("128-causal-512", "3.6"): 3, ("128-ranges-512", "3.6"): 20, ("128-ranges-512", "3.9"): 14,
-          ("128-dropout-512", "3.6"): 8, ("128-dropout-512", "3.9"): 53}  # yet faster than half the tile, by 8 % on 3.6
+          ("128-dropout-512", "3.6"): 8, ("128-dropout-512", "3.9"): 55}  # yet faster than half the tile, by 8 % on 3.6
 
 
 def test_compiles_within_limits_and_overlaps() -> None:
@@ -207,8 +207,12 @@ def test_compiles_within_limits_and_overlaps() -> None:
         assert costs["multiplies"] <= 190, costs  # of dropout; a call of the generator for each element took twice that
         for products, between, after in costs["loops"]:
             assert products == 16, costs
-            assert between >= 64, costs
-            assert after == 0, costs
+            if "dropout" in costs["variant"]:
+                assert between >= 64, costs
+                assert after == 0, costs
+            else:  # half of them hide what waits for the product
+                assert between >= 32, costs
+                assert after >= 24, costs
         # ours are 4 to 15, most computed; a compiler that took one of them would make warps wait for the wrong thing
         assert {n for n in costs["barriers"] if n >= 4} == {12, 13}, costs
 

@@ -28,6 +28,8 @@ class Cut(NamedTuple):
     LOGITS: Features  # the features without key_log_weight, which the kernel adds itself
     Q_SLOTS: int  # 2: the queries of the next item are loaded during this one
     OUT_COLUMNS: int  # of out, staged at once
+    CAPPED: bool  # tanh is computed by an instruction, on logits that nothing is added to
+    HALVES: bool  # a tile's exponentials, half before and half behind the wait for P V
     STAGED: bool = False  # the producer brings key_log_weight through shared memory, in base 2
 
 
@@ -112,24 +114,38 @@ def hide(s, lo, hi, col, F: gl.constexpr):
 
 
 @gluon.jit
-def softmax_tile(s, m, l, scale_log2, FOLD: gl.constexpr, SUMS: gl.constexpr):
-    """One step of the online softmax in base 2 (see portable/common.py, softmax_step); FOLD scales in the exponent.
+def new_maximum(s, m, scale_log2, FOLD: gl.constexpr):
+    """The first half of a step of the online softmax in base 2 (see portable/common.py, softmax_step).
 
-    ``l`` [64, 8] has a layout of its own, SUMS: each thread sums the weights that it holds. Their exchange between the
-    four threads of a row in every tile cost 2 % at head dim 128, 16 % at 64 (H100, causal, S 16384).
+    The new m, what to take from the logits, and the factor of what was summed before; FOLD scales in the exponent.
     """
     if FOLD:
         new = gl.maximum(m, gl.max(s, 1) * scale_log2)
     else:
         new = gl.maximum(m, gl.max(s, 1))
     safe = gl.where(new == float("-inf"), 0.0, new)  # a row that has met nothing yet
+    return new, safe, gl.exp2(m - safe)
+
+
+@gluon.jit
+def exponentials(s, safe, scale_log2, FOLD: gl.constexpr, SUMS: gl.constexpr):
+    """The second half of the step, for some columns: weights, and [64, 8] sums of them, one for each thread (SUMS).
+
+    An exchange of sums between the four threads of a row in every tile cost 2 % at head dim 128, 16 % at 64 (H100,
+    causal, S 16384).
+    """
     if FOLD:
         p = gl.exp2(s * scale_log2 - safe[:, None])
     else:
         p = gl.exp2(s - safe[:, None])
-    alpha = gl.exp2(m - safe)
-    own = gl.convert_layout(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 8]), 1), SUMS)
-    return p, new, l * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None] + own, alpha
+    return p, gl.convert_layout(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 8]), 1), SUMS)
+
+
+@gluon.jit
+def halves(x, LAYOUT: gl.constexpr):
+    """The left and the right columns of a tile, in registers as they are."""
+    left, right = x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute(0, 2, 1).split()
+    return gl.convert_layout(left, LAYOUT), gl.convert_layout(right, LAYOUT)
 
 
 @gluon.jit

@@ -19,7 +19,18 @@ from ..portable.common import (
     sequence_bounds,
     tile_logits,
 )
-from .common import hide, longest_first, pack_record, softmax_tile, tile_hull, tile_start, unpack_record, weigh
+from .common import (
+    exponentials,
+    halves,
+    hide,
+    longest_first,
+    new_maximum,
+    pack_record,
+    tile_hull,
+    tile_start,
+    unpack_record,
+    weigh,
+)
 from .dropout import bits_by_row, drop_by_row
 from .shim import (
     bar_arrive,
@@ -263,17 +274,16 @@ def _any_removed(weight, F: gl.constexpr):
 
 
 @gluon.jit
-def _tile_softmax(s, m, l, n0, masked, lo, hi, row, weight, removed, bits, terms, rules, LAYOUT: gl.constexpr,
-                  SUMS: gl.constexpr, DTYPE: gl.constexpr, F: gl.constexpr, C: gl.constexpr):  # fmt: skip
-    """From a tile of q.k to weights: logits, visibility, online softmax, dropout."""
+def _tile_maximum(s, m, n0, masked, lo, hi, row, weight, removed, terms, rules, LAYOUT: gl.constexpr, F: gl.constexpr,
+                  C: gl.constexpr):  # fmt: skip
+    """From a tile of q.k to logits, visibility, and the rows' maxima: see ``new_maximum``."""
     LOGITS: gl.constexpr = C.LOGITS
-    scale, softcap, slope, dropout, row0 = terms
+    FOLD: gl.constexpr = F.PLAIN or C.CAPPED
+    scale, softcap, slope = terms
     _, _, sq, sk, _, _ = rules
     col = n0 + gl.arange(0, F.BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
-    CAPPED: gl.constexpr = F.CAP_FORM > 0 and not (F.HAS_ALIBI or F.HAS_WEIGHT)
-    FOLD: gl.constexpr = F.PLAIN or CAPPED
     scale_log2 = scale * LOG2E
-    if CAPPED:
+    if C.CAPPED:
         s = capped(s * (scale / softcap), F)
         scale_log2 = softcap * LOG2E
     elif not F.PLAIN:
@@ -282,10 +292,31 @@ def _tile_softmax(s, m, l, n0, masked, lo, hi, row, weight, removed, bits, terms
             s = weigh(s, weight, removed, C.STAGED)
     if masked:
         s = hide(s, lo, hi, col, F)
-    p, m, l, alpha = softmax_tile(s, m, l, scale_log2, FOLD, SUMS)
-    if F.HAS_DROPOUT:
-        p = drop_by_row(p, bits, dropout, row0, n0, LAYOUT, DTYPE, F)
-    return p, m, l, alpha
+    m, safe, alpha = new_maximum(s, m, scale_log2, FOLD)
+    return s, m, safe, alpha
+
+
+@gluon.jit
+def _exponentials(s, safe, terms, SUMS: gl.constexpr, F: gl.constexpr, C: gl.constexpr):
+    """From logits to weights, and each thread's sums of them."""
+    FOLD: gl.constexpr = F.PLAIN or C.CAPPED
+    scale, softcap, _ = terms
+    scale_log2 = scale * LOG2E
+    if C.CAPPED:
+        scale_log2 = softcap * LOG2E
+    return exponentials(s, safe, scale_log2, FOLD, SUMS)
+
+
+@gluon.jit
+def _times_values(pd, v, acc, C: gl.constexpr):
+    """P V, in flight, of weights in one piece or in two."""
+    HALF: gl.constexpr = v.shape[0] // 2
+    if C.HALVES:
+        left, right = pd
+        acc = warpgroup_mma(left, v.slice(0, HALF, 0), acc, is_async=True)
+        return warpgroup_mma(right, v.slice(HALF, HALF, 0), acc, is_async=True)
+    else:
+        return warpgroup_mma(pd, v, acc, is_async=True)
 
 
 @gluon.jit
@@ -321,6 +352,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
     LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     LP: gl.constexpr = gl.DotOperandLayout(0, LO, 2)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 2, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, LS)
     COL: gl.constexpr = gl.SliceLayout(0, LS)
     ROW_O: gl.constexpr = gl.SliceLayout(1, LO)
@@ -373,7 +405,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             slopes_ptr, stride_ab, seed_ptr, batch, head, off_b, off_h, off_m, off_n, threshold, F
         )
         row0 = row_start + GROUP * 64
-        terms = (scale, softcap, slope, dropout, row0)
+        terms = (scale, softcap, slope)
         row = row0 + gl.arange(0, 64, layout=ROW)
         lo, hi = row_ranges(ranges, stride_rm, row, sq, sk, window_left, window_right, F)
         m = gl.full([64], float("-inf"), gl.float32, ROW)
@@ -395,10 +427,14 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             removed = _any_removed(weight, F)
             coming = _tile_weights(weights, tile_start(1, plan, BLOCK_N), sk, COL, F)
         bits = bits_by_row(dropout, row0, n0, F)
-        p, m, l, alpha = _tile_softmax(
-            s, m, l, n0, masked > 0, lo, hi, row, weight, removed, bits, terms, rules, LS, SUMS, dtype, F, C
-        )
-        pd = gl.convert_layout(p.to(dtype), LP)
+        s, m, safe, alpha = _tile_maximum(s, m, n0, masked > 0, lo, hi, row, weight, removed, terms, rules, LS, F, C)
+        p, own = _exponentials(s, safe, terms, SUMS, F, C)
+        l = l * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None] + own
+        if C.HALVES:
+            left, right = halves(p, HALF)
+            pd = (gl.convert_layout(left.to(dtype), LP), gl.convert_layout(right.to(dtype), LP))
+        else:
+            pd = gl.convert_layout(drop_by_row(p, bits, dropout, row0, n0, LS, dtype, F).to(dtype), LP)
         for i in range(1, n_tiles):
             before = count % STAGES
             stage = (count + 1) % STAGES
@@ -410,7 +446,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             phases = _wait_for_values(
                 v_s, v_full, cleaned, phases, count, i - 1, plan, seen, removed, row_start, rules, weights, GROUP, F, C
             )
-            acc = warpgroup_mma(pd, v_s.index(before).reshape([BLOCK_N, DV]), acc, is_async=True)
+            acc = _times_values(pd, v_s.index(before).reshape([BLOCK_N, DV]), acc, C)
             if C.TURNS:
                 bar_arrive(TURN + (GROUP + 1) % GROUPS, 256)
             n0 = tile_start(i, plan, BLOCK_N)
@@ -419,23 +455,36 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
                 removed = _any_removed(weight, F)
                 coming = _tile_weights(weights, tile_start(i + 1, plan, BLOCK_N), sk, COL, F)  # a tile ahead
             bits = bits_by_row(dropout, row0, n0, F)
-            s = warpgroup_mma_wait(1, deps=(s,))
+            s = warpgroup_mma_wait(2 if C.HALVES else 1, deps=(s,))
             if C.STAGED:
                 weight, removed = _staged_weights(weights_s, count + 1, COL, C)
             bar_arrive(K_FREE + stage, GROUPS * 128 + 32)
             if i == n_tiles - 1:
                 bar_arrive(q_free, GROUPS * 128 + 32)
-            p, m, l, alpha = _tile_softmax(
-                s, m, l, n0, i < masked, lo, hi, row, weight, removed, bits, terms, rules, LS, SUMS, dtype, F, C
+            s, m, safe, alpha = _tile_maximum(
+                s, m, n0, i < masked, lo, hi, row, weight, removed, terms, rules, LS, F, C
             )
+            if C.HALVES:
+                first_s, second_s = halves(s, HALF)
+                own_safe = gl.convert_layout(safe, gl.SliceLayout(1, HALF))
+                early, own = _exponentials(first_s, own_safe, terms, SUMS, F, C)
+            else:
+                p, own = _exponentials(s, safe, terms, SUMS, F, C)
+            l = l * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None] + own
             if C.SPLIT:  # noqa: SIM102 (a branch at run time inside one at compile time)
-                # never so; but where code branches, ptxas cannot move the wait below above the exponentials
+                # never so; but where code branches, ptxas cannot move the wait below above these exponentials
                 if SQ < 0:
                     mbarrier.wait(v_full.index(before), 0)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             bar_arrive(V_FREE + before, GROUPS * 128 + 32)
+            if C.HALVES:  # under whose exponentials the products with alpha and the conversions hide
+                late, own = _exponentials(second_s, own_safe, terms, SUMS, F, C)
+                l = l + own
             acc = acc * gl.convert_layout(alpha, ROW_O)[:, None]
-            pd = gl.convert_layout(p.to(dtype), LP)
+            if C.HALVES:
+                pd = (gl.convert_layout(early.to(dtype), LP), gl.convert_layout(late.to(dtype), LP))
+            else:
+                pd = gl.convert_layout(drop_by_row(p, bits, dropout, row0, n0, LS, dtype, F).to(dtype), LP)
             count += 1
         phases = _wait_for_values(
             v_s,
@@ -455,7 +504,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             C,
         )
         stage = count % STAGES
-        acc = warpgroup_mma(pd, v_s.index(stage).reshape([BLOCK_N, DV]), acc, is_async=True)
+        acc = _times_values(pd, v_s.index(stage).reshape([BLOCK_N, DV]), acc, C)
 
         count += 1
         items += 1

@@ -89,6 +89,7 @@ def variant(plan: Plan, config: HopperConfig | None = None, named: bool = False)
                    CAP_FORM=config.cap_form)  # fmt: skip
     cut = Cut(d, dv, config.groups, config.stages, config.turns, config.split, config.registers,
               f._replace(HAS_WEIGHT=False), 2 if max(d, dv) <= 128 else 1, min(dv, 128),
+              f.CAP_FORM > 0 and not (f.HAS_ALIBI or f.HAS_WEIGHT), not f.HAS_DROPOUT,
               config.staged and f.HAS_WEIGHT)  # fmt: skip
     return f, cut, config
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..portable.launch import ALL, _KeyPlans, _on_device
+from ..portable.outside import fill_outside
 from ..portable.plan import Launch as PortableLaunch
 from ..portable.plan import Plan, features, plan_of, strides
 from ..spec import Gradients, Needs, Spec, Varlen, bshd_layout, new_bshd, new_strided
@@ -282,9 +283,10 @@ class _Steps:
         dq, dk, dv = new_strided(q, plan.q_layout), new_strided(k, plan.k_layout), new_strided(v, plan.v_layout)
         dsinks = None if sinks is None else lse.new_empty(self.sinks_shape)
         cu_q, cu_k = (None, None) if varlen is None else varlen[:2]
-        if varlen is not None:  # rows outside every sequence
-            for x in (dq, dk, dv):
-                x.zero_()
+        if varlen is not None:
+            fill_outside(plan, dq, varlen.cu_seqlens_q, plan.max_q, 0.0)
+            for x in (dk, dv):
+                fill_outside(plan, x, varlen.cu_seqlens_k, plan.max_k, 0.0)
         clean_q, clean_dout, dirty = q, dout, None
         if self.sanitize:  # dq is written last: until then its memory serves
             clean_q, clean_dout = self.clean(q, 0) if plan.packed else dq, self.clean(dout, 1)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..portable import launch as portable
 from ..portable.launch import _on_device
+from ..portable.outside import fill_outside
 from ..portable.plan import Plan, plan_of
 from ..spec import Gradients, Needs, Spec, Varlen, new_strided
 from ..tuning import architecture
@@ -85,10 +86,10 @@ def run_forward(
     if launch is None:
         launch = plan.launches["hopper-fwd", config, named] = _forward_launch(plan, q, k, v, out, config, named)
     cu_q = cu_k = None
-    if varlen is not None:  # rows outside every sequence
-        out.zero_()
-        lse.fill_(float("-inf"))
+    if varlen is not None:
         cu_q, cu_k = varlen[:2]
+        fill_outside(plan, out, cu_q, plan.max_q, 0.0)
+        fill_outside(plan, lse, cu_q, plan.max_q, float("-inf"))
     counters = idle_counters(q)
     small = (spec.key_ranges, spec.key_log_weight, spec.alibi_slopes, spec.sinks, spec.dropout_seed)
     launch([q, k, v, out], [*small, cu_q, cu_k, out, lse, counters])

@@ -24,6 +24,7 @@ from .backward import (
 from .backward_dq import attn_bwd_dq_kernel
 from .bias_grad import attn_bwd_dbias_kernel
 from .forward import attn_fwd_kernel
+from .outside import fill_outside
 from .plan import INTERPRETED, Launch, Plan, list_strides, plan_of, strides, tma_can_read
 
 PREPARE_ROWS, PREPARE_ROWS_BIG = 64, 16  # up to Dv = 256, and above
@@ -122,9 +123,9 @@ def forward(
         found = plan.launches["fwd", config] = Launch(attn_fwd_kernel, grid, numbers, (f,), config_used), f
     launch, f = found
     out, lse = new_strided(q, plan.out_layout), new_strided(q, plan.lse_layout, torch.float32)
-    if varlen is not None:  # rows outside every sequence
-        out.zero_()
-        lse.fill_(float("-inf"))
+    if varlen is not None:
+        fill_outside(plan, out, varlen.cu_seqlens_q, plan.max_q, 0.0)
+        fill_outside(plan, lse, varlen.cu_seqlens_q, plan.max_q, float("-inf"))
     launch(_inputs(q, k, v, spec, varlen, spec.block_rows, spec.sinks, out, lse), _descriptors(f.TMA, k, v, f.BLOCK_N))
     return out, lse
 
@@ -235,7 +236,7 @@ class _Backward:
             dsink = lse.new_empty((plan.batch, plan.hq, tiles), dtype=torch.float32)
         cu_q = None if self.varlen is None else self.varlen.cu_seqlens_q
         if self.varlen is not None:
-            self.lse2.fill_(float("inf"))
+            fill_outside(plan, self.lse2, self.varlen.cu_seqlens_q, plan.max_q, float("inf"))
         run([out, self.dout, lse, dlse, self.spec.sinks, self.lse2, self.delta, dsink, cu_q])
         return None if dsink is None else dsink.sum((0, 2))
 
@@ -267,10 +268,10 @@ class _Backward:
         if fused:
             dq = new_strided(self.q, plan.q_layout)
             acc = torch.zeros(dq.numel(), dtype=torch.float32, device=dq.device)
-        if plan.packed:
+        if self.varlen is not None:
             for t in (dk, dv, dw):
                 if t is not None:
-                    t.zero_()
+                    fill_outside(plan, t, self.varlen.cu_seqlens_k, plan.max_k, 0.0)
         plans = planner.run(self.spec.key_ranges, self.varlen)
         launch(
             self._tensors(self.spec.block_columns, plans, acc, dk, dv, dw),
@@ -293,8 +294,8 @@ class _Backward:
             found = plan.launches[key] = Launch(attn_bwd_dq_kernel, grid, numbers, (f,), config), f
         launch, f = found
         dq = new_strided(self.q, plan.q_layout)
-        if plan.packed:
-            dq.zero_()
+        if self.varlen is not None:
+            fill_outside(plan, dq, self.varlen.cu_seqlens_q, plan.max_q, 0.0)
         launch(self._tensors(self.spec.block_rows, dq), _descriptors(f.TMA, self.k, self.v, f.BLOCK_N))
         return dq
 

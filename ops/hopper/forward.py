@@ -308,6 +308,14 @@ def _exponentials(s, safe, terms, SUMS: gl.constexpr, F: gl.constexpr, C: gl.con
 
 
 @gluon.jit
+def _operand(p, dropout, bits, row0, n0, LAYOUT: gl.constexpr, LP: gl.constexpr, DTYPE: gl.constexpr, F: gl.constexpr):
+    """Weights as an operand of the matrix unit, some of them dropped."""
+    if F.HAS_DROPOUT:
+        p = drop_by_row(p, bits, dropout, row0, n0, LAYOUT, DTYPE, F)
+    return gl.convert_layout(p.to(DTYPE), LP)
+
+
+@gluon.jit
 def _times_values(pd, v, acc, C: gl.constexpr):
     """P V, in flight, of weights in one piece or in two."""
     HALF: gl.constexpr = v.shape[0] // 2
@@ -434,7 +442,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             left, right = halves(p, HALF)
             pd = (gl.convert_layout(left.to(dtype), LP), gl.convert_layout(right.to(dtype), LP))
         else:
-            pd = gl.convert_layout(drop_by_row(p, bits, dropout, row0, n0, LS, dtype, F).to(dtype), LP)
+            pd = _operand(p, dropout, bits, row0, n0, LS, LP, dtype, F)
         for i in range(1, n_tiles):
             before = count % STAGES
             stage = (count + 1) % STAGES
@@ -484,7 +492,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             if C.HALVES:
                 pd = (gl.convert_layout(early.to(dtype), LP), gl.convert_layout(late.to(dtype), LP))
             else:
-                pd = gl.convert_layout(drop_by_row(p, bits, dropout, row0, n0, LS, dtype, F).to(dtype), LP)
+                pd = _operand(p, dropout, bits, row0, n0, LS, LP, dtype, F)
             count += 1
         phases = _wait_for_values(
             v_s,

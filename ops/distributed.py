@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import api, checks, library
 from .sequence import CHUNKS, Place, all_gather, all_to_all, cut, join, place_of
+from .spec import Spec
 
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -160,6 +161,13 @@ def ulysses_attention(
     Source: Jacobs et al., "DeepSpeed Ulysses" (2023).
     """
     place = _enter("ulysses_attention", q, group, layout, others)
+    if api._autocast(q.device.type):  # before they are sent
+        q, k, v = library.autocast_qkv(q.device.type, q, k, v)
+    if not torch.compiler.is_compiling():  # the attention op checks too, but sees what is left for this rank's heads
+        back_end = api._AUTO.get(q.device.type, "auto") if impl == "auto" else impl
+        spec = Spec(key_ranges=key_ranges, sinks=sinks, dropout_offsets=dropout_offsets)
+        if problems := checks.find_problems(q, k, v, back_end, spec):
+            checks.raise_problems(problems, "ulysses_attention")
     heads, rest = divmod(q.shape[1], place.size)
     if rest or not q.shape[2] == k.shape[2] == v.shape[2] or q.shape[2] % CHUNKS[layout]:
         raise ValueError(
@@ -167,18 +175,11 @@ def ulysses_attention(
             f"one length divisible by {CHUNKS[layout]} (layout={layout!r}), got shapes {tuple(q.shape)}, "
             f"{tuple(k.shape)} and {tuple(v.shape)}; ring_attention takes any number of heads"
         )
-    if api._autocast(q.device.type):  # before they are sent
-        q, k, v = library.autocast_qkv(q.device.type, q, k, v)
     copies = place.size // math.gcd(k.shape[1], place.size)
     if copies > 1:
         k, v = (x.repeat_interleave(copies, 1) for x in (k, v))
     first = place.rank * heads
     if key_ranges is not None:
-        if key_ranges.dim() != 4 or key_ranges.shape[1] not in (1, q.shape[1]) or key_ranges.shape[2] != q.shape[2]:
-            raise ValueError(
-                f"key_ranges: expected [B or 1, Hq or 1, S_local, 2], got {tuple(key_ranges.shape)} with q "
-                f"{tuple(q.shape)}"
-            )
         whole = join(all_gather(key_ranges, place).movedim(0, 2), place, 2)
         key_ranges = whole if whole.shape[1] == 1 else whole[:, first : first + heads].contiguous()
     batch, head, row, column = dropout_offsets

@@ -455,7 +455,10 @@ def _refuse_context_parallel(sdpa: Any) -> None:
 def autocast_qkv(kind: str, *qkv: Tensor) -> tuple[Tensor, ...]:
     """q, k and v in the autocast dtype of this device type; float64 stays."""
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(x if x.dtype in (dtype, torch.float64) or not x.is_floating_point() else x.to(dtype) for x in qkv)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in (dtype, torch.float64) else x
+        for x in qkv
+    )
 
 
 def _register_autocast(kind: str, key: str) -> None:

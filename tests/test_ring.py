@@ -153,6 +153,15 @@ def errors_body(rank: int) -> None:
             attention(x, x, x, layout="striped")
         with pytest.raises(TypeError, match="group"):
             attention(x, x, x, group=3)
+        with pytest.raises(ValueError, match=r"sinks: expected \[Hq\], got shape \(8,\)"):  # enough for every rank
+            attention(x[:, :2], x[:, :2], x[:, :2], sinks=torch.zeros(8))
+        with pytest.raises(TypeError, match=r"key_ranges: expected a .*, got list"):
+            attention(x[:, :2], x[:, :2], x[:, :2], key_ranges=[[0, 4]])
+        with pytest.raises(ValueError, match="dropout_offsets: expected four ints"):
+            attention(x[:, :2], x[:, :2], x[:, :2], dropout_p=0.5, dropout_seed=1, dropout_offsets=(0, 0))
+        for autocast in (False, True):
+            with torch.autocast("cpu", enabled=autocast), pytest.raises(TypeError, match="k: expected a"):
+                attention(x[:, :2], None, x[:, :2])
         with pytest.raises(NotImplementedError, match=r"torch\.func"):
             torch.func.grad(lambda y, attention=attention: attention(y, y, y).sum())(x)
     with pytest.raises(ValueError, match=r"divisible by 2 ranks.*ring_attention takes any"):

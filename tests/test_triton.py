@@ -98,7 +98,7 @@ def test_every_architecture_has_tiles_for_its_head_dims() -> None:
     found = {arch: (largest_head_dim(arch, False), largest_head_dim(arch, True)) for arch in TABLE}
     assert found.pop("sm86") == (512, 384)
     assert set(found.values()) == {(512, 512)}
-    q = torch.zeros(1, 1, 2, 512)
+    q = torch.zeros(1, 1, 2, 512, device=DEVICE)
     with mock.patch.object(launch, "architecture", return_value="sm86"):
         assert launch.unsupported(q, q, q, Spec()) == [
             "head dim 512: the Triton kernels take up to 384 in torch.float32 on sm86"

@@ -91,7 +91,7 @@ def variant(plan: Plan, config: HopperConfig | None = None, named: bool = False)
         d, dv, config.groups, config.stages, config.turns, config.split, config.registers, f._replace(HAS_WEIGHT=False),
         Q_SLOTS=2 if max(d, dv) <= 128 else 1, OUT_COLUMNS=min(dv, 128),
         CAPPED=f.CAP_FORM > 0 and not (f.HAS_ALIBI or f.HAS_WEIGHT),
-        HALVES=config.groups == 2 and not f.HAS_DROPOUT, STAGED=config.staged and f.HAS_WEIGHT,
+        HALVES=config.groups == 2 and not (f.HAS_DROPOUT or f.HAS_WEIGHT), STAGED=config.staged and f.HAS_WEIGHT,
     )  # fmt: skip
     return f, cut, config
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .common import sequence_bounds
 from .plan import Launch, Plan
 
-ROWS = 128
+ROWS, WIDTH = 64, 32
 
 
 @triton.jit(do_not_specialize=["stride_row", "stride_column", "columns", "total", "sequences", "longest", "steps"])
@@ -52,6 +52,6 @@ def fill_outside(plan: Plan, x: Tensor, cu_seqlens: Tensor, longest: int, value:
     if launch is None:
         numbers = (columns if by_row else 1, 1 if by_row else total, columns, total, plan.batch, longest,
                    max(plan.batch - 1, 0).bit_length())  # fmt: skip
-        launch = Launch(attn_fill_outside, -(-total // ROWS), numbers, (value, ROWS, 64))
+        launch = Launch(attn_fill_outside, -(-total // ROWS), numbers, (value, ROWS, WIDTH))
         plan.launches[key] = launch
     launch([x, cu_seqlens])

@@ -185,14 +185,21 @@ def test_emulator_notices(old: str, new: str, tmp_path: Path, monkeypatch: pytes
     pytest.fail("the emulator did not notice")
 
 
-VARIANTS = ("128-causal-512", "128-ranges-512", "128-dropout-512")
-# spill stores beyond 0: of the producer warp, which waits most of its time
-SPILLS = {("128-causal-512", "3.6"): 3, ("128-ranges-512", "3.6"): 20, ("128-ranges-512", "3.9"): 14,
-          ("128-dropout-512", "3.6"): 8, ("128-dropout-512", "3.9"): 55}  # yet faster than half the tile, by 8 % on 3.6
+VARIANTS = ("128-causal-512", "128-ranges-512", "128-dropout-512", "128-weight-512")
+# spill stores beyond 0, by minor version of Triton 3: of the producer warp, which waits most of its time
+SPILLS = {
+    "128-causal-512": {6: 3},
+    "128-ranges-512": {6: 20, 7: 17, 8: 9, 9: 14},
+    "128-dropout-512": {6: 8, 7: 3, 8: 3, 9: 55},  # yet faster than half the tile, by 8 % on 3.6
+    "128-weight-512": {6: 8, 7: 4, 8: 2, 9: 7},
+}
 
 
 def test_compiles_within_limits_and_overlaps() -> None:
-    """For sm_90: registers, spills, shared memory; exponentials run between the two waits, under the P V product."""
+    """For sm_90: registers, spills, shared memory; exponentials run between the two waits, under the P V product.
+
+    Where nothing spoils it, half of them hide what waits for that product.
+    """
     command = [sys.executable, str(Path(__file__).with_name("compile_hopper_forward.py")), *VARIANTS]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
@@ -200,19 +207,16 @@ def test_compiles_within_limits_and_overlaps() -> None:
     found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert len(found) == len(VARIANTS)
     for costs in found:
-        assert costs["spills"] <= SPILLS.get((costs["variant"], costs["triton"][:3]), 0), costs
+        assert costs["spills"] <= SPILLS[costs["variant"]].get(int(costs["triton"].split(".")[1]), 0), costs
         assert costs["shared"] <= 232448, costs
         assert costs["unset"] == 0, costs
         assert len(costs["loops"]) == 2, costs  # one for each warpgroup
         assert costs["multiplies"] <= 190, costs  # of dropout; a call of the generator for each element took twice that
         for products, between, after in costs["loops"]:
             assert products == 16, costs
-            if "dropout" in costs["variant"]:
-                assert between >= 64, costs
-                assert after == 0, costs
-            else:  # half of them hide what waits for the product
-                assert between >= 32, costs
-                assert after >= 24, costs
+            whole = "dropout" in costs["variant"] or "weight" in costs["variant"]
+            assert between >= (64 if whole else 32), costs
+            assert (after == 0) if whole else (after >= 24), costs
         # ours are 4 to 15, most computed; a compiler that took one of them would make warps wait for the wrong thing
         assert {n for n in costs["barriers"] if n >= 4} == {12, 13}, costs
 

@@ -157,7 +157,7 @@ def _hopper(problem: Problem, plan: Any, spec: Spec, saved: Callable[[], Any]) -
     found = [Kernel("hopper_fwd", shipped, list(forward),
                     lambda c: launch.run_forward(plan, q, k, v, spec, None, c)[:1])]  # fmt: skip
     if not launch.backward_reasons(q, k, v, spec, needs, False):
-        base = backward_launch.SCHEDULES[width]
+        base = backward_launch.shipped_schedule(plan)
         changes: list[dict[str, Any]] = [{"AHEAD": not base.AHEAD}, {"K_REGS": not base.K_REGS}]
         changes += [{"SUBS": 3 - base.SUBS}] if width == 64 else []
         changes += [{**a, **b} for a, b in itertools.combinations(changes, 2)]

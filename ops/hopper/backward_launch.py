@@ -135,6 +135,14 @@ def _parts(programs: int, walk: int, multiprocessors: int) -> int:
     return max(1, min(multiprocessors // programs, walk // MIN_STEPS))
 
 
+def shipped_schedule(plan: Plan, named: bool = False) -> Schedule:
+    """The table's schedule for a call. Measured on an H100."""
+    found = SCHEDULES[max(padded(plan.d), padded(plan.dv))]
+    if plan.softcap > 0:
+        found = found._replace(AHEAD=False, CAP_FORM=cap_form(plan.dtype) if taken("softcap", named) else 0)
+    return found
+
+
 def _rounding(count: int, scale: float) -> PortableLaunch:
     return PortableLaunch(attn_bwd_hopper_round, -(-count // ROUND_BLOCK), (count // 8, scale), (ROUND_BLOCK,))
 
@@ -156,13 +164,7 @@ class _Steps:
         named: bool,
     ):
         width, width_v = padded(plan.d), padded(plan.dv)
-        widest = max(width, width_v)
-        shipped = SCHEDULES[widest]
-        if plan.softcap > 0:
-            shipped = shipped._replace(AHEAD=False)
-            if taken("softcap", named):
-                shipped = shipped._replace(CAP_FORM=cap_form(plan.dtype))
-        schedule = schedule or tuned("hopper_bwd", plan, Schedule) or shipped
+        schedule = schedule or tuned("hopper_bwd", plan, Schedule) or shipped_schedule(plan, named)
         block, keys = 64 * schedule.SUBS, 64 if schedule.WIDE else 128
         f = features(Config(block, keys, 4, 1), plan.d, plan.dv, plan.flags, weight_grad=weighed)
         # a packed sequence's last tile reads its neighbour's rows, which may be NaN

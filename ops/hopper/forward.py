@@ -103,6 +103,7 @@ def _staged_weights(weights_s, count, LAYOUT: gl.constexpr, C: gl.constexpr):
 def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, weights_s, barriers, record_s, pointers, strides, sizes,
              window, total):  # fmt: skip
     """The producer warp: takes items, and loads the queries once and K and V of every tile as stages come free."""
+    gl.static_assert(C.STAGES <= 3, "named barriers are for up to 3 stages")
     GROUPS: gl.constexpr = C.GROUPS
     STAGES: gl.constexpr = C.STAGES
     SLOTS: gl.constexpr = C.Q_SLOTS

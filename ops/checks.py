@@ -159,7 +159,7 @@ def _check_numbers(spec: Spec, say: Callable[[Problem], None], keys: int = 0) ->
     scale, softcap, p = spec.scale, spec.softcap, spec.dropout_p
     causal: Any = spec.causal
     if not isinstance(causal, bool):
-        say((TypeError, f"causal: expected True or False, got {type(causal).__name__}"))
+        say((TypeError, f"causal: expected True or False, got {causal!r:.60}"))
     numbers: tuple[tuple[str, Any], ...] = (("scale", scale), ("softcap", softcap), ("dropout_p", p))
     for name, x in numbers:
         if not isinstance(x, NUMBERS) and not (name == "scale" and x is None):

@@ -388,6 +388,8 @@ def attention(*args: Any) -> tuple[Tensor, Tensor]:
         _refuse_context_parallel(F.scaled_dot_product_attention)
     packed = len(args) != _FWD_ARGUMENTS
     if torch.compiler.is_compiling():
+        if _forward_ad_level() >= 0:  # the op would drop tangents without a word
+            no_jvp(None)
         return (VARLEN_FWD if packed else FWD)(*args)  # the tracer must see the op itself
     if torch._C._are_functorch_transforms_active():
         from .functorch import functorch_attention

@@ -122,6 +122,8 @@ when_imported("torch.utils.flop_counter", _register_flops)
 def attention(*args: Any) -> tuple[Tensor, Tensor]:
     """``attn_paged_fwd(*args)``, below the dispatcher where nothing would see the op; takes all arguments."""
     q, k_cache, v_cache = args[:3]
+    if library._forward_ad_level() >= 0:  # the op would drop tangents without a word
+        library.no_jvp(None)
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()

@@ -251,6 +251,18 @@ def test_block_mask_is_evaluated_in_the_graph() -> None:
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])
+def test_forward_mode_raises_while_tracing(fullgraph: bool) -> None:
+    """The op has no rule for it, and gave a tangent of zeros."""
+    q, k, v = (x.detach() for x in qkv(2, 7))
+    compiled = torch.compile(
+        lambda x: torch.func.jvp(lambda y: plain(y, k, v), (x,), (x,)), fullgraph=fullgraph, backend="aot_eager"
+    )
+    error = torch._dynamo.exc.Unsupported if fullgraph else NotImplementedError
+    with pytest.raises(error, match="forward-mode derivative of attention is not implemented"):
+        compiled(q)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
 def test_wrong_calls_raise_every_reason_while_tracing(fullgraph: bool) -> None:
     def wrong(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return flash_attention(q, k[:1], v, window=(-1, 0), scale=-1.0, softcap=0.0, dropout_p=1.0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from helpers import Case, Inputs, check_bound, exact_attention, make_inputs, naive_attention, poisoned_empty
 from torch import Tensor
 
@@ -232,6 +233,10 @@ def test_a_backward_raises_and_a_forward_does_not() -> None:
     out, _ = paging.run(GATHERING)
     with pytest.raises(NotImplementedError, match="inference"):
         out.sum().backward()
+    with forward_ad.dual_level():
+        paging.q = forward_ad.make_dual(paging.q.detach(), torch.ones_like(paging.q))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            paging.run(GATHERING)
 
 
 def test_autocast_casts_the_query_alone() -> None:

@@ -326,7 +326,8 @@ def _fits(x: Tensor, shape: str, sizes: dict[str, int]) -> bool:
         return False
     for n, letter in zip(x.shape, shape, strict=True):
         # the size first: between equal symbols that is known without a guard
-        if _known(n != sizes[letter]) and (n != 1 or letter.isupper()):
+        other = n != sizes[letter]
+        if other is not False and _known(other) and (n != 1 or letter.isupper()):
             return False
     return True
 

@@ -186,12 +186,12 @@ def test_emulator_notices(old: str, new: str, tmp_path: Path, monkeypatch: pytes
 
 
 VARIANTS = ("128-causal-512", "128-ranges-512", "128-dropout-512", "128-weight-512")
-# spill stores beyond 0, by minor version of Triton 3: of the producer warp, which waits most of its time
+# spill stores beyond 0, by minor version of Triton 3: mostly of the producer warp, which waits most of its time
 SPILLS = {
     "128-causal-512": {6: 3},
     "128-ranges-512": {6: 20, 7: 17, 8: 9, 9: 14},
     "128-dropout-512": {6: 8, 7: 3, 8: 3, 9: 55},  # yet faster than half the tile, by 8 % on 3.6
-    "128-weight-512": {6: 8, 7: 4, 8: 2, 9: 7},
+    "128-weight-512": {6: 28, 7: 30, 8: 25, 9: 19},  # outside the loops over tiles
 }
 
 

@@ -149,15 +149,9 @@ def halves(x, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def weigh(s, weight, removed, STAGED: gl.constexpr):
-    """Base-2 logits plus key_log_weight [N], in base 2 where STAGED; ``removed``: some of these weights are -inf.
-
-    A removed key may hold NaN, and NaN - inf is NaN.
-    """
+def weigh(s, weight, STAGED: gl.constexpr):
+    """Base-2 logits plus key_log_weight [N], in base 2 where STAGED."""
     if STAGED:
-        s = s + weight[None, :]
+        return s + weight[None, :]
     else:
-        s = s + (weight * LOG2E)[None, :]
-    if removed:
-        s = gl.where((weight == float("-inf"))[None, :], float("-inf"), s)
-    return s
+        return s + (weight * LOG2E)[None, :]

@@ -289,10 +289,14 @@ def _tile_maximum(s, m, n0, masked, lo, hi, row, weight, removed, terms, rules, 
         scale_log2 = softcap * LOG2E
     elif not F.PLAIN:
         s, _ = tile_logits(s, row[:, None], col[None, :], scale, softcap, slope, None, 0, 0, None, sq, sk, LOGITS)
-        if F.HAS_WEIGHT:
-            s = weigh(s, weight, removed, C.STAGED)
-    if masked:
+    edge = masked
+    if F.HAS_WEIGHT:
+        s = weigh(s, weight, C.STAGED)
+        edge = masked | removed  # two branches would become one path of selects, for every tile
+    if edge:
         s = hide(s, lo, hi, col, F)
+        if F.HAS_WEIGHT:  # a removed key may hold NaN, and NaN - inf is NaN
+            s = gl.where((weight == float("-inf"))[None, :], float("-inf"), s)
     m, safe, alpha = new_maximum(s, m, scale_log2, FOLD)
     return s, m, safe, alpha
 

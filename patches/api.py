@@ -165,7 +165,8 @@ def unpatch_model(model: Any) -> Any:
         state.claim.end(root)
     former = {id(ours): old for old, ours, _ in state.configs}
     for old, ours, before in state.configs:
-        ours._attn_implementation_internal = old._attn_implementation_internal
+        if KEY in str(ours._attn_implementation_internal):
+            ours._attn_implementation_internal = old._attn_implementation_internal
         for name in before.keys() - vars(ours).keys():
             delattr(old, name)
         for name, now in vars(ours).items():
@@ -206,6 +207,12 @@ def patch_report(model: nn.Module) -> PatchReport:
         return PatchReport(model=type(root).__name__, patched=False)
     records = [record for _, record in state.records]
     traced = {_stack(r.name) for r in records if r.compiled}
+    now = {
+        r.name: str(getattr(m.config, "_attn_implementation", KEY)) for m, r in state.records if uses_interface(type(m))
+    }
+    away = {
+        name: f"attn_implementation was set to {key!r} after patching" for name, key in now.items() if KEY not in key
+    }
     return PatchReport(
         model=type(root).__name__,
         patched=True,
@@ -217,7 +224,7 @@ def patch_report(model: nn.Module) -> PatchReport:
         },
         calls={r.name: r.calls for r in records},
         compiled=tuple(r.name for r in records if _stack(r.name) in traced),
-        skipped=dict(state.skipped),
+        skipped=state.skipped | away,
         fallbacks={r.name: r.fallbacks for r in records if r.fallbacks},
         fallback_reasons=tuple(sorted({r.fallback_reason for r in records if r.fallback_reason})),
     )

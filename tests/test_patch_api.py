@@ -67,6 +67,28 @@ def test_settings_changed_while_patched_survive():
     assert model.config.vocab_size == 101
 
 
+def test_another_implementation_set_while_patched_is_reported_and_survives():
+    model = patch_model(causal_model("llama"))
+    expected = run(causal_model("llama"))
+    model.set_attn_implementation("eager")
+    assert torch.equal(run(model), expected)
+    skipped = patch_report(model).skipped
+    assert set(skipped) == set(patch_report(model).calls)
+    assert all("set to 'eager' after patching" in reason for reason in skipped.values())
+    model.set_attn_implementation("sdpa")
+    assert unpatch_model(model).config._attn_implementation == "sdpa"
+
+
+def test_mpt_with_another_implementation_raises_while_patched():
+    """Eager's mask as MptModel turns it into bool says the opposite of ours."""
+    model, mask = patch_model(causal_model("mpt")), padding("left")
+    model.config._attn_implementation = "eager"
+    with pytest.raises(NotImplementedError, match="a patched MPT runs 'mc_attention' alone"):
+        run(model, mask)
+    unpatch_model(model)
+    assert torch.equal(run(model, mask), run(causal_model("mpt"), mask))
+
+
 def test_patching_twice_is_a_no_op_and_other_options_are_refused():
     model = patch_model(causal_model("llama"))
     before = everything(model)

@@ -8,13 +8,18 @@ import torch
 from torch import Tensor
 from transformers.models.mpt.modeling_mpt import MptAttention, MptModel
 
-from ..attention import mc_attention
+from ..attention import KEY, mc_attention
 
 
 class McMptModel(MptModel):
     """MptModel that reads a user's 4-D mask of numbers as its own code does: anything but 0 hides a key."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.config._attn_implementation != KEY:  # such masks say the opposite, and its attention cannot tell
+            raise NotImplementedError(
+                f"attn_implementation={self.config._attn_implementation!r}: a patched MPT runs {KEY!r} alone; way out: "
+                "unpatch_model(model)"
+            )
         given = kwargs.get("attention_mask")
         if isinstance(given, Tensor) and given.dim() == 4 and given.dtype != torch.bool:
             kwargs["attention_mask"] = given == 0

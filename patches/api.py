@@ -20,7 +20,7 @@ from . import continuous_batching as paged
 from .attention import KEY, ModuleRecord, Options, refuse_weights, register
 from .context_parallel import add_hooks, check_spreadable, read_context_parallel
 from .models import ADAPTED, adapter_of, uses_interface
-from .support import CAUSAL_BY_NAME, DENSE_MASKS, HARMLESS_CLASSES, REFUSED
+from .support import CAUSAL_BY_NAME, HARMLESS_CLASSES, REFUSED, wants_dense_masks
 
 _READS_MASK = re.compile(r"(attention|causal)_mask\w*\.dtype\s*[!=]=\s*torch\.bool|causal_mask\w*\.to\(dtype")
 
@@ -358,7 +358,7 @@ def _check_family(root: PreTrainedModel, attention: dict[str, nn.Module], target
     if unplaced:
         raise NotImplementedError(f"{name} is refused: attention module {unplaced[0]!r} carries no config to switch")
     readers = [m for m in [*owners.values(), *attention.values()] if id(getattr(m, "config", None)) in targets]
-    readers = [m for m in readers if getattr(m.config, "model_type", None) not in DENSE_MASKS]
+    readers = [m for m in readers if not wants_dense_masks(m.config)]
     _check_sources(name, [m for m in readers if type(m).__module__ not in {source for source, _ in ADAPTED}])
     return skipped
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import masking_utils as hf
 from transformers.utils import is_tracing
 
-from .support import DENSE_MASKS, FLOAT_MASKS, SLICES_MASKS
+from .support import FLOAT_MASKS, SLICES_MASKS, wants_dense_masks
 
 PROBE_BASE, PROBE_DIGITS = 64, 4  # 64 ** 4 = 16.8 million keys; fixed, as a count from the length would recompile
 _INF_BITS = -8388608  # the bits of float32 -inf, as int32
@@ -289,7 +289,7 @@ def key_range_mask(
 
     if getattr(config, "model_type", None) in FLOAT_MASKS:
         return torch.where(dense(), 0.0, torch.finfo(dtype).min).to(dtype)
-    if getattr(config, "model_type", None) in DENSE_MASKS or (attention_mask is not None and attention_mask.ndim != 2):
+    if wants_dense_masks(config) or (attention_mask is not None and attention_mask.ndim != 2):
         return dense()
     pattern = None if use_vmap else read_pattern(mask_function)
     one_row = q_length == 1 and not torch.compiler.is_compiling()

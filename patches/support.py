@@ -6,7 +6,7 @@ Rows here hold what cannot be seen there.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Family(NamedTuple):
@@ -133,6 +133,12 @@ FAMILIES: tuple[Family, ...] = (
         "vision towers beside sparse text models",
         dense_masks=True,
     ),
+    Family(
+        "Drafters of Gemma 4 and Muse Glimmer",
+        ("gemma4_assistant", "gemma4_unified_assistant", "muse_glimmer_assistant"),
+        "masks over another model's keys, mirrored for windows",
+        dense_masks=True,
+    ),
     Family("LightGlue", ("lightglue",), "masks reshaped for cross attention", dense_masks=True),
     Family(
         "DeepSeek sparse attention",
@@ -143,6 +149,7 @@ FAMILIES: tuple[Family, ...] = (
             "dots3_note",
             "dots3_note_text",
             "dots3_note_audio_encoder",
+            "dots3_note_vision_encoder",
             "hy_v4",
             "hy_v4_vl",
             "hy_v4_vl_text",
@@ -183,7 +190,10 @@ CAUSAL_BY_NAME = frozenset({"Kosmos2ImageToTextProjection"})
 # transformers. (Those whose forward takes no mask at all are found by api.py.)
 HARMLESS_CLASSES = frozenset(
     {
+        "BailingHybridDeltaAttention",  # linear ones get the 2-D padding mask
+        "KimiLinearDeltaAttention",
         "MiniMaxLightningAttention",
+        "OlmoHybridLinearAttentionDecoderLayer",
         "Phi4MultimodalVisionMultiheadAttentionPoolingHead",
         "Siglip2MultiheadAttentionPoolingHead",  # SigLIP 2's masks are dense
     }
@@ -191,6 +201,15 @@ HARMLESS_CLASSES = frozenset(
 
 # Families that compute with their masks: they get dense ones.
 DENSE_MASKS = frozenset(t for family in FAMILIES if family.dense_masks for t in family.model_types)
+
+
+def wants_dense_masks(config: Any) -> bool:
+    """Whether code that makes masks with this config computes with them."""
+    kind = getattr(config, "model_type", None)
+    if kind in SLICES_MASKS:  # a text model all of whose layers take another's keys is the inside of a drafter
+        return 0 < getattr(config, "num_kv_shared_layers", 0) == config.num_hidden_layers
+    return kind in DENSE_MASKS
+
 
 FLOAT_MASKS = frozenset(t for family in FAMILIES if family.float_masks for t in family.model_types)
 

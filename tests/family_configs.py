@@ -7,11 +7,15 @@ import functools
 import importlib
 import inspect
 import re
+import sys
+import types
+import unittest.mock
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from family_special import SPECIAL
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -50,6 +54,7 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"num_conv_pos_embedding_groups", 2),
     (r"mamba_d_state|mamba_n_groups|state_size", 8),
     (r"num_codebooks|num_quantizers", 2),
+    (r"upsample_groups|adapter_(in|out)_dim|adapter_input_size", 64),
 )  # fmt: skip
 LAYERS = re.compile(r"\w*hidden_layers|n_layers?|num_layers|(en|de)coder_layers|num_(en|de)coder_layers|depth|layers")
 
@@ -116,9 +121,37 @@ def _rope(config: PreTrainedConfig, small: dict[str, Any]) -> None:
     small["rope_parameters"] = {**given, key: sections}
 
 
-def shrink(config: PreTrainedConfig, layers: int, only: str | None = None, depth: int = 0) -> dict[str, Any]:
-    """Keyword arguments for a small config of the same class; ``only``: a pattern of the field names to touch."""
+def held(config: PreTrainedConfig, name: str) -> Any:
+    """The value of a config's field; that of the config itself where layers have other ones."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return vars(config).get(name)
+
+
+def layers_of_every_kind(config: PreTrainedConfig, least: int) -> list[int]:
+    """The first layers of every kind that a config's lists of names tell apart, ``least`` of them or more."""
+    count = held(config, "num_hidden_layers") or 0
+    lists = [v for v in vars(config).values() if isinstance(v, (list, tuple)) and v and len(v) == count]
+    kinds = list(zip(*(v for v in lists if all(isinstance(x, str) for x in v)), strict=True))
+    first = {kinds.index(kind) for kind in kinds}
+    return sorted([*first, *(i for i in range(count) if i not in first)][: max(least, len(first))]) if first else []
+
+
+def shrink(
+    config: PreTrainedConfig, layers: int = 2, only: str | None = None, depth: int = 0, every_kind: bool = True
+) -> dict[str, Any]:
+    """Keyword arguments for a small config of the same class; ``only``: a pattern of the field names to touch.
+
+    ``every_kind``: keep a layer of every kind, not just the first layers. What ``family_special.py`` says of a type
+    holds for it inside other types too.
+    """
     small: dict[str, Any] = {}
+    special = dict(SPECIAL.get(config.model_type, {}))
+    kept = layers_of_every_kind(config, layers) if every_kind and "LAYERS" not in special else []
+    below = layers = special.pop("LAYERS", layers)
+    layers = len(kept) or layers
+    special.pop("STOCK", None)
     tokens = 3
     parameters = inspect.signature(type(config).__init__).parameters
     for name, value in vars(config).items():
@@ -126,10 +159,14 @@ def shrink(config: PreTrainedConfig, layers: int, only: str | None = None, depth
             continue
         if isinstance(value, PreTrainedConfig):
             if depth < 3:
-                small[name] = shrink(value, layers, only, depth + 1)
+                small[name] = shrink(value, below, only, depth + 1, every_kind)
                 small[name].setdefault("model_type", value.model_type)
             continue
         default = parameters[name].default if name in parameters else inspect.Parameter.empty
+        listed = isinstance(value, (list, tuple)) and len(value) == (held(config, "num_hidden_layers") or -1)
+        if listed and kept and (default is not None or isinstance(value[0], str)):
+            small[name] = [value[i] for i in kept]
+            continue
         if default is None:
             continue  # computed from other fields
         if re.search(r"(token_id|token_index|_id|_idx|_index)$", name):
@@ -143,24 +180,20 @@ def shrink(config: PreTrainedConfig, layers: int, only: str | None = None, depth
         new = small_value(name, value, layers)
         if "drop" in name and isinstance(value, float):
             new = 0.0
-        if name.endswith("num_key_value_heads") and value == getattr(config, name.replace("key_value", "attention"), 0):
+        if name.endswith("num_key_value_heads") and value == held(config, name.replace("key_value", "attention")):
             new = 4  # multi-head attention stays so
         patch = getattr(config, "patch_size", None)
         if name == "image_size" and isinstance(value, int) and isinstance(patch, int) and 4 * patch < value:
             new = 4 * patch
         if name == "head_dim" and value == getattr(config, "qk_rope_head_dim", 0):
             new = 8
-        if (
-            isinstance(value, list)
-            and default is not None
-            and len(value) == (getattr(config, "num_hidden_layers", 0) or -1)
-        ):
+        if listed and isinstance(value, list) and default is not None:
             new = value[:layers]
         if (new != value or (depth and isinstance(value, int))) and (only is None or re.fullmatch(only, name)):
             small[name] = new
     if only is None:
         _rope(config, small)
-    return small
+    return merge(small, special)
 
 
 def merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
@@ -172,33 +205,53 @@ def merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def configs(model_type: str, special: dict[str, Any]) -> Iterator[PreTrainedConfig | Exception]:
+def configs(model_type: str) -> Iterator[PreTrainedConfig | Exception]:
     """Small configs of a type, most promising first; an exception where one cannot be made."""
     config_class = CONFIG_MAPPING[model_type]
+    special = SPECIAL.get(model_type, {})
     try:
         stock = config_class()
     except Exception as error:
-        stock = None
-        if not special:
+        try:  # some types have no stock config of their own that is valid
+            stock = config_class(**special)
+        except Exception:
             yield error
             return
-    special = dict(special)
-    layers = special.pop("LAYERS", 2)
     dims = r".*layers|depth|.*vocab_size|n_layer|max_position_embeddings"
-    for only in (None, dims):
+    for only, every_kind in ((None, True), (None, False), (dims, False)):
         try:
-            small = shrink(stock, layers, only) if stock is not None else {}
-            yield config_class(**merge(small, special))
+            yield config_class(**shrink(stock, only=only, every_kind=every_kind))
         except Exception as error:
             yield error
-    if stock is not None and not special:
+    if not special:
         yield stock
 
 
+@contextlib.contextmanager
+def without_backends(cls: type) -> Iterator[None]:
+    """Builds what asks for a library that is not here: enough to be refused, but not to be run."""
+    module = sys.modules.get(cls.__module__)
+    if module is None:  # a class that only tells which library is missing
+        yield
+        return
+    nothing = type("Absent", (), {"__new__": lambda *_: nn.Identity()})
+    absent = {"requires_backends": lambda *_: None}
+    if cls.__name__.startswith("LayoutLMv2"):
+        layers = types.SimpleNamespace(FrozenBatchNorm2d=nothing)
+        absent |= {"LayoutLMv2VisualBackbone": nothing, "detectron2": types.SimpleNamespace(layers=layers)}
+    with contextlib.ExitStack() as stack:
+        for name, stub in absent.items():
+            stack.enter_context(unittest.mock.patch.object(module, name, stub, create=True))
+        yield
+
+
 def build(cls: type, config: PreTrainedConfig, seed: int = 0) -> nn.Module:
-    """A model on stock eager attention, in eval mode, with noise on every parameter. ValueError if it is too large."""
-    config._attn_implementation = "eager"
-    with torch.device("meta"), torch.no_grad():
+    """A model on stock attention (eager, if it has that), in eval mode, with noise on every parameter.
+
+    ValueError if it is too large.
+    """
+    config._attn_implementation = SPECIAL.get(config.model_type, {}).get("STOCK", "eager")
+    with without_backends(cls), torch.device("meta"), torch.no_grad():
         try:
             size = sum(p.numel() for p in cls(config).parameters())
         except (NotImplementedError, RuntimeError):  # values read while it is built
@@ -206,7 +259,8 @@ def build(cls: type, config: PreTrainedConfig, seed: int = 0) -> nn.Module:
     if size > LARGEST:
         raise ValueError(f"{size / 1e6:.0f} M parameters after shrinking")
     torch.manual_seed(seed)
-    model = cls(config)
+    with without_backends(cls):
+        model = cls(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():

@@ -24,7 +24,6 @@ import transformers
 from families import find_runs, short, tensors
 from family_configs import build, candidates, configs
 from family_inputs import masks
-from family_special import SPECIAL
 from torch import Tensor, nn
 
 from hf_flash_mc.measure.record import describe_run
@@ -43,7 +42,7 @@ def built(model_type: str, seed: int) -> tuple[nn.Module, list[tuple[str, dict[s
     """The first tiny model of a type whose attention can all be reached, and the calls that reach it."""
     error: Any = "no candidate"
     for cls in candidates(model_type)[:3]:
-        for config in configs(model_type, SPECIAL.get(model_type, {})):
+        for config in configs(model_type):
             try:
                 model = build(cls, config, seed)
                 runs, modules, reached, error = find_runs(model)

@@ -15,7 +15,7 @@ BATCH, LENGTH = 2, 13
 SOUND_MASKS = ("input_features_mask", "feature_attention_mask", "audio_attention_mask", "padding_mask")
 
 
-def _random(*shape: int) -> Tensor:
+def random_tensor(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
 
 
@@ -29,7 +29,7 @@ def _size(config: Any, *names: str, default: int = 0) -> int:
     return default
 
 
-def _ids(config: Any, length: int = LENGTH) -> Tensor:
+def random_ids(config: Any, length: int = LENGTH) -> Tensor:
     books = _size(config, "num_channels") if "dia" in config.model_type else 0
     if books:
         return torch.randint(3, 20, (BATCH, length, books), generator=torch.Generator().manual_seed(1))
@@ -51,10 +51,10 @@ def _images(config: Any) -> list[Tensor]:
     if height * width > 300_000:
         height = width = 224
     sizes = [(height, width), (64, 64), (224, 224)]
-    flat = [_random(BATCH, channels, h, w) for h, w in dict.fromkeys(sizes)]
+    flat = [random_tensor(BATCH, channels, h, w) for h, w in dict.fromkeys(sizes)]
     if "xclip" in config.model_type:  # frames of a video as a batch
-        flat.append(_random(BATCH * _size(inner, "num_frames", default=8), channels, height, width))
-    return [*flat, _random(BATCH, _size(inner, "num_frames", default=2), channels, height, width)]
+        flat.append(random_tensor(BATCH * _size(inner, "num_frames", default=8), channels, height, width))
+    return [*flat, random_tensor(BATCH, _size(inner, "num_frames", default=2), channels, height, width)]
 
 
 def _patches(config: Any) -> list[Tensor]:
@@ -64,19 +64,19 @@ def _patches(config: Any) -> list[Tensor]:
     frames = _size(config, "temporal_patch_size", default=1)
     flat = channels * size * size
     return [
-        _random(48, flat * frames),
-        _random(48, flat * 2),
-        _random(48, channels, size, size),
-        _random(1, 48, channels, size, size),
+        random_tensor(48, flat * frames),
+        random_tensor(48, flat * 2),
+        random_tensor(48, channels, size, size),
+        random_tensor(1, 48, channels, size, size),
     ]
 
 
 def _sound(config: Any) -> list[Tensor]:
     bins = _bins(config)
     frames = 2 * _size(config, "max_source_positions", default=32)
-    found = [_random(BATCH, bins, frames), _random(BATCH, frames, bins)]
+    found = [random_tensor(BATCH, bins, frames), random_tensor(BATCH, frames, bins)]
     if "spectrogram" in config.model_type:
-        found.append(_random(BATCH, _size(config, "max_length"), bins))
+        found.append(random_tensor(BATCH, _size(config, "max_length"), bins))
     return found if hasattr(config, "max_source_positions") else found[::-1]
 
 
@@ -92,9 +92,9 @@ def _plain(model: Any) -> Iterator[dict[str, Any]]:
     if "use_cache" in names:
         base["use_cache"] = False
     if "input_ids" in names:
-        ids = {**base, "input_ids": _ids(text)}
+        ids = {**base, "input_ids": random_ids(text)}
         if "decoder_input_ids" in names:
-            ids["decoder_input_ids"] = _ids(text, 9)
+            ids["decoder_input_ids"] = random_ids(text, 9)
             books = _size(getattr(config, "decoder", None), "num_codebooks", default=1)
             ids["decoder_input_ids"] = ids["decoder_input_ids"].repeat(books, 1)
         required = _required(names)
@@ -107,7 +107,7 @@ def _plain(model: Any) -> Iterator[dict[str, Any]]:
                 yield {**ids, "pixel_values": pixels}
         for name in ("input_features", "input_values"):
             if name in names and "input_ids" in ids:
-                for sound in _sound(getattr(config, "audio_config", config)):
+                for sound in _sound(getattr(config, "audio_config", None) or config):
                     yield {**ids, name: sound}
     for name in ("grid_thw", "image_grid_thw"):
         if name in names:
@@ -119,34 +119,38 @@ def _plain(model: Any) -> Iterator[dict[str, Any]]:
             for pixels in _images(config):
                 given = {**base, name: pixels}
                 if "decoder_input_ids" in names:
-                    given["decoder_input_ids"] = _ids(text, 9)
+                    given["decoder_input_ids"] = random_ids(text, 9)
                 yield given
                 if "input_ids" in names:
-                    yield {**given, "input_ids": _ids(text)}
+                    yield {**given, "input_ids": random_ids(text)}
     for name in ("input_features", "input_values", "audio_values"):
         if name in names:
-            wave = _random(BATCH, 4000)
+            wave = random_tensor(BATCH, 4000)
             shapes = [*_sound(config), wave, wave[:, None]]
             for sound in shapes if name == "input_features" else [wave, wave[:, None], *_sound(config)]:
                 given = {**base, name: sound}
                 if "decoder_input_ids" in names:
-                    given["decoder_input_ids"] = _ids(text, 9)
+                    given["decoder_input_ids"] = random_ids(text, 9)
                 yield given
     if "inputs_embeds" in names:
         width = _size(config, "hidden_size", "d_model", "embed_dim", default=64)
-        yield {**base, "inputs_embeds": _random(BATCH, LENGTH, width)}
-        wide = {**base, "inputs_embeds": _random(BATCH, LENGTH, width)}
+        yield {**base, "inputs_embeds": random_tensor(BATCH, LENGTH, width)}
+        wide = {**base, "inputs_embeds": random_tensor(BATCH, LENGTH, width)}
         if "encoder_hidden_states" in names:
             yield {
                 **wide,
-                "encoder_hidden_states": _random(BATCH, 11, _size(config, "encoder_hidden_size", default=width)),
+                "encoder_hidden_states": random_tensor(BATCH, 11, _size(config, "encoder_hidden_size", default=width)),
             }
     if "hidden_states" in names or "query_embeds" in names:
         width = _size(config, "hidden_size", "d_model", default=64)
         name = "hidden_states" if "hidden_states" in names else "query_embeds"
         other = _size(config, "encoder_hidden_size", default=width)
-        yield {**base, name: _random(BATCH, LENGTH, width)}
-        yield {**base, name: _random(BATCH, LENGTH, width), "encoder_hidden_states": _random(BATCH, 11, other)}
+        yield {**base, name: random_tensor(BATCH, LENGTH, width)}
+        yield {
+            **base,
+            name: random_tensor(BATCH, LENGTH, width),
+            "encoder_hidden_states": random_tensor(BATCH, 11, other),
+        }
 
 
 def _extras(model: Any, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -163,7 +167,7 @@ def _extras(model: Any, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if frames and (name in SOUND_MASKS or (name == "attention_mask" and "input_ids" not in given)):
             more[name] = torch.ones(BATCH, frames, dtype=torch.long)
         elif name == "qformer_input_ids":
-            more[name] = _ids(config, 5)
+            more[name] = random_ids(config, 5)
         elif name == "aspect_ratio_ids":
             more[name] = torch.ones(BATCH, 1, dtype=torch.long)
         elif name == "aspect_ratio_mask":
@@ -177,7 +181,7 @@ def _extras(model: Any, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
         elif name == "past_values":
             length = length_of(config)
             shape = (BATCH, length) if "freq" in names or "forecast_context_len" in names else (BATCH, length, 1)
-            more[name] = _random(*shape)
+            more[name] = random_tensor(*shape)
         elif name == "target_sizes":
             more[name] = torch.tensor([[4, 4], [4, 4]])
         elif name == "past_time_features":
@@ -212,75 +216,77 @@ def candidates(model: Any) -> Iterator[dict[str, Any]]:
     if "pixel_values" in names and "pixel_position_ids" in names:
         place = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij"), -1).flatten(0, 1)
         size = 3 * _size(config, "patch_size", default=16) ** 2
-        yield {"pixel_values": _random(BATCH, 36, size), "pixel_position_ids": place.expand(BATCH, -1, -1)}
+        yield {"pixel_values": random_tensor(BATCH, 36, size), "pixel_position_ids": place.expand(BATCH, -1, -1)}
     if "query_embeds" in names and "input_ids" in names:
         width = _size(config, "encoder_hidden_size", default=64)
         given = {
-            "query_embeds": _random(BATCH, 7, config.hidden_size),
-            "encoder_hidden_states": _random(BATCH, 11, width),
+            "query_embeds": random_tensor(BATCH, 7, config.hidden_size),
+            "encoder_hidden_states": random_tensor(BATCH, 11, width),
         }
-        yield {**given, "input_ids": _ids(config, 5)}
+        yield {**given, "input_ids": random_ids(config, 5)}
     if "aspect_ratio_ids" in names and "input_ids" not in names:
         tiles, size = _size(config, "max_num_tiles", default=4), _size(config, "image_size")
         yield {
-            "pixel_values": _random(BATCH, 1, tiles, 3, size, size),
+            "pixel_values": random_tensor(BATCH, 1, tiles, 3, size, size),
             "aspect_ratio_ids": torch.ones(BATCH, 1, dtype=torch.long),
             "aspect_ratio_mask": torch.ones(BATCH, 1, tiles, dtype=torch.long),
         }
     if "pixel_values" in names and "target_sizes" in names and "input_ids" not in names:
         size = _size(config, "patch_size", default=14)
-        yield {"pixel_values": _random(1, 3, size, 32 * size), "target_sizes": torch.tensor([[4, 4], [4, 4]])}
+        yield {"pixel_values": random_tensor(1, 3, size, 32 * size), "target_sizes": torch.tensor([[4, 4], [4, 4]])}
     if "image_attention_mask" in names:
         image = getattr(config, "vision_config", config)
         yield {
-            "input_ids": _ids(config),
-            "pixel_values": _random(BATCH, 1, 3, image.image_size, image.image_size),
+            "input_ids": random_ids(config),
+            "pixel_values": random_tensor(BATCH, 1, 3, image.image_size, image.image_size),
             "image_attention_mask": torch.ones(BATCH, LENGTH, 1, dtype=torch.long),
             "attention_mask": torch.ones(BATCH, LENGTH, dtype=torch.long),
             "use_cache": False,
         }
     if {"context", "attention_mask"} <= names.keys():
         width = _size(config, "hidden_size", default=64)
-        yield {"context": _random(BATCH, 11, width), "attention_mask": torch.ones(BATCH, 11, dtype=torch.long)}
+        yield {"context": random_tensor(BATCH, 11, width), "attention_mask": torch.ones(BATCH, 11, dtype=torch.long)}
     if "pixel_values" in names and "input_ids" not in names:
         size = _size(config, "patch_size", default=14)
-        yield {"pixel_values": _random(BATCH, 16, 3 * size * size)}
-        yield {"pixel_values": _random(BATCH, 729, 3 * size * size)}
+        yield {"pixel_values": random_tensor(BATCH, 16, 3 * size * size)}
+        yield {"pixel_values": random_tensor(BATCH, 729, 3 * size * size)}
     if "input_features_mask" in names:
         for width in (7 * _bins(config), _size(config, "input_size", default=80)):
-            sound = _random(BATCH, _bins(config), 200)
+            sound = random_tensor(BATCH, _bins(config), 200)
             yield {"input_features": sound, "input_features_mask": torch.ones(BATCH, 200, dtype=torch.long)}
-            features = {"input_features": _random(BATCH, 24, width)}
+            features = {"input_features": random_tensor(BATCH, 24, width)}
             yield {**features, "input_features_mask": torch.ones(BATCH, 24, dtype=torch.long)}
     if "mask" in names and "hidden_states" in names:
-        frames = _random(BATCH, 64, _size(config, "input_size", default=80))
+        frames = random_tensor(BATCH, 64, _size(config, "input_size", default=80))
         yield {"hidden_states": frames, "mask": torch.ones(BATCH, 64, dtype=torch.bool)}
     if "hidden_states" in names and isinstance(getattr(config, "patch_size", None), (list, tuple)):
         yield {"hidden_states": _images(config)[0]}
     if "quantized_code" in names:
         yield {
-            "hidden_states": _random(BATCH, LENGTH * config.repeats, config.mel_dim),
-            "condition_vector": _random(BATCH, LENGTH, config.mel_dim),
-            "speaker_embedding": _random(BATCH, LENGTH * config.repeats, config.enc_emb_dim),
-            "quantized_code": _ids(config),
+            "hidden_states": random_tensor(BATCH, LENGTH * config.repeats, config.mel_dim),
+            "condition_vector": random_tensor(BATCH, LENGTH, config.mel_dim),
+            "speaker_embedding": random_tensor(BATCH, LENGTH * config.repeats, config.enc_emb_dim),
+            "quantized_code": random_ids(config),
             "time_step": torch.tensor(0.5),
         }
     if "feature_lens" in names:
         bins = _bins(config)
-        yield {"input_features": _random(bins, 240), "feature_lens": torch.tensor([200, 40])}
+        yield {"input_features": random_tensor(bins, 240), "feature_lens": torch.tensor([200, 40])}
     if "pixel_values" in names and "spatial_shapes" in names:
         size = 3 * _size(config, "patch_size", default=16) ** 2
         yield {
-            "pixel_values": _random(BATCH, 16, size),
+            "pixel_values": random_tensor(BATCH, 16, size),
             "spatial_shapes": torch.tensor([[4, 4], [4, 4]]),
             "pixel_attention_mask": torch.ones(BATCH, 16, dtype=torch.long),
         }
     if "flattened_patches" in names:
-        patches = _random(BATCH, 12, 2 + _size(config, "patch_embed_hidden_size", default=768))
+        patches = random_tensor(BATCH, 12, 2 + _size(config, "patch_embed_hidden_size", default=768))
         patches[..., :2] = torch.arange(1, 13)[:, None]
         yield {"flattened_patches": patches}
         if "image_embeds_position_mask" in names:
-            yield from list(_extras(model, {"flattened_patches": patches, "input_ids": _ids(config.text_config)}))[1:]
+            yield from list(
+                _extras(model, {"flattened_patches": patches, "input_ids": random_ids(config.text_config)})
+            )[1:]
 
 
 def _required(names: Any) -> set[str]:

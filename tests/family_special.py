@@ -26,19 +26,70 @@ HIERA = {
     "window_size_per_stage": [8, 4, 8, 4],
     "global_attention_blocks": [3],
 }
-SAM2 = {
-    "vision_config": {
-        "backbone_config": HIERA,
-        "backbone_channel_list": [256, 128, 64, 32],
-        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
-        "fpn_hidden_size": 64,
-    },
-    "prompt_encoder_config": {"image_size": 64},
+MEMORY: dict[str, Any] = {  # their memory's width of 64 is written into the code, and has to be below the model's
+    "image_size": 64,
+    "memory_attention_rope_feat_sizes": [4, 4],
+    **dict.fromkeys(("memory_attention_hidden_size", "memory_encoder_hidden_size"), 128),
+    **dict.fromkeys(("mask_downsampler_embed_dim", "memory_fuser_embed_dim"), 128),
+    "vision_config": {"fpn_hidden_size": 128},
+    "prompt_encoder_config": {"image_size": 64, "hidden_size": 128},
+    "mask_decoder_config": {"hidden_size": 128},
 }
+SAM2 = {"prompt_encoder_config": {"image_size": 64}}
 PHI4_AUDIO = {"ext_pw_out_channel": 64, "depthwise_separable_out_channel": 64, "nemo_conv_channels": 64}
 HYBRID = {"LAYERS": 4, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]}
 INSERT = {"insert_layer_id": 1}
 MLLAMA = {"intermediate_layers_indices": [0, 1], "vision_output_dim": 192}
+
+VQ = {"base_channels": 32, "num_res_blocks": 1}
+FEW_FILTERS = {"num_filters": 4, "depths": [1] * 7}
+PE = {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": {"embed_dim": 192, "depth": 2, "img_size": 64}}
+ESM_FOLD = {
+    "single_inputs_size": 64 + 67,
+    "num_loops": 1,
+    "atom_encoder": {"head_dim": 32, "output_dim": 64},
+    "structure_head": {"diffusion_module": {"head_dim": 16, "atom_encoder": {"head_dim": 32, "output_dim": 64}}},
+}
+DETECTOR = {
+    "kernel_list": [3, 2, 2],
+    "scale_factor_list": [1, 2, 4, 8],
+    "intraclass_block_config": {
+        name: [1, 1, 0]
+        for name in ("reduce_channel", "return_channel")
+        + tuple(
+            f"{direction}_{size}ratio"
+            for direction in (
+                "vertical_long_to_small_conv",
+                "horizontal_small_to_long_conv",
+                "symmetric_conv_long",
+            )
+            for size in ("long", "mid", "short")
+        )
+    },
+}
+DRAFTER = {  # all of its layers take another model's keys
+    "num_hidden_layers": 2,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 6,
+    "vocab_size": 199,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+EDGE = {
+    "vision_config": {
+        "backbone_config": {
+            "architecture": "repvit_m1.dist_in1k",
+            "num_classes": 2,
+            "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
+        },
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    },
+    "prompt_encoder_config": {"image_size": 64},
+}
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 6, "context_length": 12},
@@ -84,6 +135,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "t5gemma2_text": {"dropout_rate": 0.0},
     "pix2struct_text_model": {"initializer_range": 0.02},
     "moonshine_streaming": {"num_key_value_heads": 4},
+    "qwen3_omni_moe": {"talker_config": {"spatial_merge_size": 2}},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
     "step3p7": {"text_config": {"sliding_window": 6}},
     "hunyuan_vl": {"text_config": {"head_dim": 16, "rope_parameters": {**ROPE, "xdrope_section": [2, 2, 2, 2]}}},
@@ -93,7 +152,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "muse_spark_audio": {"LAYERS": 4},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "t5gemma2_decoder": {"dropout_rate": 0.0},
     "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
     "florence_vision": {
@@ -120,6 +178,21 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zamba": HYBRID,
     "zamba2": {**HYBRID, "attention_head_dim": 32, "attention_hidden_size": 128},
     "sam2": SAM2,
+    "sam2_video": MEMORY,
+    "edgetam_video": {
+        **MEMORY,
+        "memory_attention_rope_k_sizes": [2, 2],
+        "perceiver_resampler_num_latents": 4,
+        "perceiver_resampler_num_latents_2d": 4,
+        "perceiver_resampler_attention_head_dim": 64,
+    },
+    "sam3_tracker_video": {**MEMORY, "image_size": 56, "prompt_encoder_config": {"image_size": 56, "hidden_size": 128}},
+    "sam2_hiera_det_model": HIERA,
+    "sam2_vision_model": {
+        "backbone_channel_list": [256, 128, 64, 32],
+        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        "fpn_hidden_size": 64,
+    },
     "voxtral": {"text_config": {"num_key_value_heads": 2}, "audio_config": {"intermediate_size": 256}},
     "phi4_multimodal_audio": PHI4_AUDIO,
     "phi4_multimodal": {"audio_config": PHI4_AUDIO},
@@ -130,4 +203,40 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
         "prompt_encoder_config": {"image_size": 56},
     },
+    # Types that run inside others are small there too: shrink() looks for each nested config's own row.
+    "apertus1p5": {"image_token_offset": 20, "audio_token_offset": 52},
+    "apertus1p5_vision_tokenizer": {**VQ, "codebook_size": 32},
+    "emu3_vqgan": {**VQ, "hidden_size": 128},
+    "wavtokenizer": {"codebook_dim": 64},
+    "wavtokenizer_encoder": {"codebook_dim": 64, "codebook_size": 32},
+    "dots3_note_vision_encoder": {"mlp_layer_types": ["dense", "sparse"], "per_layer_config": {}},
+    "dots3_note_audio_encoder": {"conv_output_size": 128},
+    "esmfold2": ESM_FOLD,
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+    "vitmatte": {"convstream_hidden_sizes": [16, 32, 64], "fusion_hidden_sizes": [64, 32, 16, 8]},
+    "gemma3n_vision": {"architecture": "mobilenetv4_conv_small", "hidden_size": 960},
+    "gemma4_assistant": {
+        "text_config": {**DRAFTER, "vocab_size_per_layer_input": 0, "hidden_size_per_layer_input": 0},
+    },
+    "gemma4_unified_assistant": {"text_config": DRAFTER},
+    "granite4_vision": {
+        "text_config": {"model_type": "granite4_vision_text"},
+        "deepstack_layer_map": [[-2, 0]],
+        "downsample_rate": "1/2",
+    },
+    "muse_glimmer_assistant": {"target_layer_ids": [1, 3]},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "perception_lm": {"vision_config": PE},
+    "pe_video_encoder": {"vision_config": PE},
+    "timm_backbone": {"backbone": "resnet10t"},
+    "vibevoice_acoustic_tokenizer": FEW_FILTERS,
+    "vibevoice_acoustic_tokenizer_encoder": FEW_FILTERS,
+    "vibevoice_acoustic_tokenizer_decoder": FEW_FILTERS,
+    "neucodec": {"quantization_dim": 128},
+    "xcodec2": {"quantization_dim": 128},
+    "pp_ocrv5_server_det": DETECTOR,
+    "pp_ocrv6_medium_det": DETECTOR,
+    "qwen2_5_omni_dit": {"STOCK": "sdpa"},  # its code looks for a function of the name, and eager has none
+    "edgetam": EDGE,
+    "edgetam_vision_model": EDGE["vision_config"],
 }

@@ -272,6 +272,11 @@ for _name in ("attn", "attn_varlen"):
 _is_mapped, _is_mapped_by_autograd = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
 
 
+def _must_see_op(x: Tensor) -> bool:
+    """Whether a tensor means something that only the dispatcher knows: mapped, or to be negated when it is read."""
+    return _is_mapped(x) or _is_mapped_by_autograd(x) or x.is_neg()
+
+
 class _Attention(torch.autograd.Function):
     """Eager autograd: a third of the host time of the formula registered on the op.
 
@@ -309,7 +314,7 @@ class _Attention(torch.autograd.Function):
         deterministic = torch.are_deterministic_algorithms_enabled()
         # compiled autograd traces this, and must see the op itself
         by_op = torch.compiler.is_compiling() or torch.is_grad_enabled()
-        by_op = by_op or any(x is not None and (_is_mapped(x) or _is_mapped_by_autograd(x)) for x in (dout, dlse))
+        by_op = by_op or any(x is not None and _must_see_op(x) for x in (dout, dlse, *held))
         if not by_op and nobody_watches(q, k, v):
             found = _find_gradients(dout, dlse, q, k, v, out, lse, needs, deterministic, impl, spec, varlen)
         else:
@@ -340,7 +345,7 @@ class _Repeated(_Attention):
             and ctx.needs_input_grad[:3] == (True, True, True)
             and not torch.compiler.is_compiling()
             and not torch.is_grad_enabled()
-            and not (_is_mapped(dout) or _is_mapped_by_autograd(dout))
+            and not (_is_mapped(dout) or _is_mapped_by_autograd(dout) or dout.is_neg())
             and not torch.are_deterministic_algorithms_enabled()
         ):
             q, k, v, out, lse = ctx.saved_tensors
@@ -417,14 +422,15 @@ def nobody_watches(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
         type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN and not torch._C._len_torch_dispatch_stack()
-    )
+        and not (q.is_neg() or k.is_neg() or v.is_neg())
+    )  # fmt: skip
 
 
 def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, impl: str, spec: Spec, varlen: Varlen | None
 ) -> tuple[Tensor, Tensor]:
     """The forward below autograd: the op, or its body where nobody watches."""
-    if nobody_watches(q, k, v):
+    if nobody_watches(q, k, v) and not any(isinstance(x, Tensor) and x.is_neg() for x in spec):
         return _forward(q, k, v, impl, spec, varlen)
     with torch._C._AutoDispatchBelowAutograd():
         if varlen is None:

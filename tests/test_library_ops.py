@@ -597,3 +597,32 @@ def test_import_of_the_ops_loads_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert result.stdout.split("\n")[:2] == ["[]", "5"]
+
+
+def test_tensors_to_be_negated_reach_back_ends_negated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such views (``z.conj().imag``) hold numbers of the other sign: only the dispatcher knows."""
+    seen: list[bool] = []
+    for name in ("_forward", "_find_gradients"):
+        found = getattr(library, name)
+
+        def spy(*args: Any, found: Any = found) -> Any:
+            tensors = [x for a in args for x in (a if isinstance(a, tuple) else (a,)) if isinstance(x, torch.Tensor)]
+            seen.extend(x.is_neg() for x in tensors)
+            return found(*args)
+
+        monkeypatch.setattr(library, name, spy)
+    lazy = torch.randn(2, 1, 2, 5, 8, dtype=torch.complex64).conj().imag
+    assert lazy.is_neg()
+    for plain in (False, True):
+        for q, dout, bias in ((lazy[0], lazy[1], None), (-lazy[0].resolve_neg(), lazy[1], lazy[0][..., :5])):
+            leaf = q.detach().clone() if plain else q.detach()
+            leaf.requires_grad_()
+            out = flash_attention(leaf, leaf, leaf, bias=bias)
+            out.backward(dout)
+            expected = q.resolve_neg().detach().clone().requires_grad_()
+            eager = None if bias is None else bias.resolve_neg().clone()
+            stock = flash_attention(expected, expected, expected, bias=eager)
+            stock.backward(dout.resolve_neg().clone())
+            assert torch.equal(out, stock)
+            assert torch.equal(leaf.grad, expected.grad)
+    assert not any(seen)

@@ -313,14 +313,6 @@ def _exponentials(s, safe, terms, SUMS: gl.constexpr, F: gl.constexpr, C: gl.con
 
 
 @gluon.jit
-def _operand(p, dropout, bits, row0, n0, LAYOUT: gl.constexpr, LP: gl.constexpr, DTYPE: gl.constexpr, F: gl.constexpr):
-    """Weights as an operand of the matrix unit, some of them dropped."""
-    if F.HAS_DROPOUT:
-        p = drop_by_row(p, bits, dropout, row0, n0, LAYOUT, DTYPE, F)
-    return gl.convert_layout(p.to(DTYPE), LP)
-
-
-@gluon.jit
 def _times_values(pd, v, acc, C: gl.constexpr):
     """P V, in flight, of weights in one piece or in two."""
     HALF: gl.constexpr = v.shape[0] // 2
@@ -447,7 +439,9 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             left, right = halves(p, HALF)
             pd = (gl.convert_layout(left.to(dtype), LP), gl.convert_layout(right.to(dtype), LP))
         else:
-            pd = _operand(p, dropout, bits, row0, n0, LS, LP, dtype, F)
+            if F.HAS_DROPOUT:
+                p = drop_by_row(p, bits, dropout, row0, n0, LS, dtype, F)
+            pd = gl.convert_layout(p.to(dtype), LP)
         for i in range(1, n_tiles):
             before = count % STAGES
             stage = (count + 1) % STAGES
@@ -483,6 +477,8 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
                 early, own = _exponentials(first_s, own_safe, terms, SUMS, F, C)
             else:
                 p, own = _exponentials(s, safe, terms, SUMS, F, C)
+                if F.HAS_DROPOUT:
+                    p = drop_by_row(p, bits, dropout, row0, n0, LS, dtype, F)
             l = l * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None] + own
             if C.SPLIT:  # noqa: SIM102 (a branch at run time inside one at compile time)
                 # never so; but where code branches, ptxas cannot move the wait below above these exponentials
@@ -497,7 +493,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             if C.HALVES:
                 pd = (gl.convert_layout(early.to(dtype), LP), gl.convert_layout(late.to(dtype), LP))
             else:
-                pd = _operand(p, dropout, bits, row0, n0, LS, LP, dtype, F)
+                pd = gl.convert_layout(p.to(dtype), LP)
             count += 1
         phases = _wait_for_values(
             v_s,

@@ -140,6 +140,31 @@ def test_paligemma_sees_its_prefix_both_ways(side):
     compare(model, logits, mask, **inputs)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_gemma3_reads_words_and_images_together(side):
+    """Two images a row, whose tokens see each other both ways, in windows and whole; answers go on the same way."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = transformers.Gemma3Config(
+        text_config={**SMALL, "head_dim": 24, "sliding_window": 6, "num_hidden_layers": 3, "layer_types": layers},
+        vision_config={**vision, "image_size": 28, "patch_size": 7},
+        mm_tokens_per_image=4,
+        image_token_id=95,
+    )
+    model = build(transformers.Gemma3ForConditionalGeneration, config).train()
+    rows = [[2, *range(10, 10 + n), *[95] * 4, 3, 4, *[95] * 4, *range(20, 26)] for n in (3, 8)]
+    spare = [[0] * (25 - len(row)) for row in rows]
+    ids = torch.tensor([s + x if side == "left" else x + s for s, x in zip(spare, rows, strict=True)])
+    mask = (ids != 0).long()
+    pixels = torch.randn(4, 3, 28, 28, generator=torch.Generator().manual_seed(4))
+    inputs = {"input_ids": ids, "token_type_ids": (ids == 95).long(), "pixel_values": pixels, "attention_mask": mask}
+    compare(model, logits, mask, **inputs)
+    if side == "left":
+        model.eval()
+        expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        assert torch.equal(patch_model(twin(model)).generate(**inputs, max_new_tokens=6, do_sample=False), expected)
+
+
 @pytest.mark.parametrize("kind", ["none", "right", "holes"])
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_encoder_decoders(family, kind):

@@ -23,7 +23,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -51,12 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = record.describe_command(
         device, ["python", "-m", "benchmarks.activation_memory"], given, method, options.dtype
     )
-    rows: list[Row] = []
-    for row in measured(options, device):
-        rows.append(row)
-        print(", ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-        if options.out:
-            record.write_json({"run": run, "rows": rows}, Path(options.out))
+    record.keep(measured(options, device), run, options.out, record.in_words)
     return 0
 
 

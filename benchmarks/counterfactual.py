@@ -24,7 +24,6 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,18 +57,17 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     method = f"median, p20 and p80 of {SAMPLES} samples; checked before timing"
     run = record.describe_command(device, ["python", "-m", "benchmarks.counterfactual"], given, method, options.dtype)
-    rows: list[Row] = []
     if device.type == "cuda":
         jobs = {f"{shape}, {part}": (shape, part, options) for shape in options.shape for part in PARTS}
         in_parallel("compiling", run_part, jobs, COMPILING)
-    for shape in options.shape:
-        for row in measure(shape, options, device):
-            rows.append(row)
-            time, times = row["median_ms"], row["times_ours"]
-            print(f"{shape:>5} {row['implementation']:<14} {time:9.2f} ms {times:6.1f} x ours", flush=True)
-            if options.out:
-                record.write_json({"run": run, "rows": rows}, Path(options.out))
+    rows = (row for shape in options.shape for row in measure(shape, options, device))
+    record.keep(rows, run, options.out, _shown)
     return 0
+
+
+def _shown(row: Row) -> str:
+    time, times = row["median_ms"], row["times_ours"]
+    return f"{row['shape']:>5} {row['implementation']:<14} {time:9.2f} ms {times:6.1f} x ours"
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

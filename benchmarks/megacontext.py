@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,12 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     given, method = sys.argv[1:] if arguments is None else arguments, f"median, p20 and p80 of {REPEATS} samples"
     run = record.describe_command(device, ["python", "-m", "benchmarks.megacontext"], given, method, options.dtype)
-    rows: list[Row] = []
-    for row in measured(options, device):
-        rows.append(row)
-        print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-        if options.out:
-            record.write_json({"run": run, "rows": rows}, Path(options.out))
+    record.keep(measured(options, device), run, options.out, record.in_words)
     return 0
 
 

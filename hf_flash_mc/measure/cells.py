@@ -26,9 +26,8 @@ class Cell:
     kv_heads: int
     sq: int
     sk: int
-    feature: str = (
-        ""  # ranges, weight, sinks, softcap, dropout, recompute; packed; pageN (blocks); times30; llama, llama-1b
-    )
+    # ranges, weight, sinks, softcap, dropout, recompute; packed; pageN (blocks); times30; llama, llama-1b
+    feature: str = ""
     directions: tuple[str, ...] = BOTH
 
     @property
@@ -101,11 +100,8 @@ CELLS = [
     *(Cell("varlen", 128, causal, 128, 16, 16, 1023, 1023, "packed") for causal in (False, True)),
     Cell("decode", 128, False, 8, 32, 8, 1, 32768, directions=("forward",)),
     Cell("decode", 128, False, 1, 32, 8, 1, 131072, directions=("forward",)),
-    *(
-        Cell("paged", 128, False, b, 32, 8, 1, n, f"page{page}", ("forward",))
-        for b, n in ((8, 32768), (1, 131072))
-        for page in (16, 256)
-    ),
+    *(Cell("paged", 128, False, b, 32, 8, 1, n, f"page{page}", ("forward",))
+      for b, n in ((8, 32768), (1, 131072)) for page in (16, 256)),
     *(cell for s in (1024, 2048) for d in (128, 64, 256) for cell in _long(d, s)),
     *(Cell("features", 128, f != "ranges", 4, 16, 16, 4096, 4096, f) for f in _FEATURES),
     Cell("features", 128, True, 4, 16, 16, 4096, 4096, "recompute", ("backward",)),

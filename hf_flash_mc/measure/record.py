@@ -8,7 +8,7 @@ import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -179,6 +179,21 @@ def write_json(found: Any, path: Path) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(found, indent=1) + "\n")
     temporary.replace(path)
+
+
+def keep(found: Iterable[dict[str, Any]], run: dict[str, Any], out: str | None, show: Callable[..., str]) -> None:
+    """Print each row as ``show`` puts it, and rewrite ``out`` with it: a run that is stopped leaves what it found."""
+    rows = []
+    for row in found:
+        rows.append(row)
+        print(show(row), flush=True)
+        if out:
+            write_json({"run": run, "rows": rows}, Path(out))
+
+
+def in_words(row: dict[str, Any]) -> str:
+    """A row as names and values."""
+    return ", ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
 
 
 def write(lines: Sequence[Line], run: Run, path: Path) -> None:

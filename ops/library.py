@@ -345,7 +345,7 @@ class _Repeated(_Attention):
             and ctx.needs_input_grad[:3] == (True, True, True)
             and not torch.compiler.is_compiling()
             and not torch.is_grad_enabled()
-            and not (_is_mapped(dout) or _is_mapped_by_autograd(dout) or dout.is_neg())
+            and not (_is_mapped(dout) or _is_mapped_by_autograd(dout) or dout.is_neg())  # _must_see_op, without a call
             and not torch.are_deterministic_algorithms_enabled()
         ):
             q, k, v, out, lse = ctx.saved_tensors

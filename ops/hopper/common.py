@@ -29,7 +29,7 @@ class Cut(NamedTuple):
     Q_SLOTS: int  # 2: the queries of the next item are loaded during this one
     OUT_COLUMNS: int  # of out, staged at once
     CAPPED: bool  # tanh is computed by an instruction, on logits that nothing is added to
-    HALVES: bool  # of a tile's exponentials come behind the wait for P V; three warpgroups hide it for each other
+    HALVES: bool  # half of a tile's exponentials come behind the wait for P V, over the work that waited for it
     STAGED: bool = False  # the producer brings key_log_weight through shared memory, in base 2
 
 

@@ -327,10 +327,7 @@ def _times_values(pd, v, acc, C: gl.constexpr):
 @gluon.jit
 def _queries(q_s, items, GROUP: gl.constexpr, C: gl.constexpr):
     """Where a warpgroup's 64 rows of the queries of item number ``items`` lie."""
-    if C.Q_SLOTS == 1:
-        return q_s.index(GROUP).reshape([64, C.D])
-    else:
-        return q_s.index(items % C.Q_SLOTS * C.GROUPS + GROUP).reshape([64, C.D])
+    return q_s.index(items % C.Q_SLOTS * C.GROUPS + GROUP).reshape([64, C.D])
 
 
 @gluon.jit
@@ -538,18 +535,18 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
         acc = warpgroup_mma_wait(1, deps=(acc,))
         bar_arrive(V_FREE + stage, GROUPS * 128 + 32)
         result = (acc * factor[:, None]).to(dtype)
-        HALVES: gl.constexpr = DV // C.OUT_COLUMNS
+        PARTS: gl.constexpr = DV // C.OUT_COLUMNS
         parts = (result,)
-        if HALVES == 2:
-            parts = result.reshape([64, 2, C.OUT_COLUMNS]).permute(0, 2, 1).split()
-        for half in gl.static_range(HALVES):
+        if PARTS == 2:
+            parts = halves(result, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.OUT_COLUMNS, 16]))
+        for part in gl.static_range(PARTS):
             tma_store_wait(0)  # of what was staged in the same memory before
-            o_flat.store(parts[half])
+            o_flat.store(parts[part])
             if F.VARLEN:  # a bulk store would not stop at the sequence's end
-                _store_rows(o_ptr, o_flat, q_start, row_start + GROUP * 64, half * C.OUT_COLUMNS, sq, head, HQ, F, C)
+                _store_rows(o_ptr, o_flat, q_start, row_start + GROUP * 64, part * C.OUT_COLUMNS, sq, head, HQ, F, C)
             else:
                 fence_async_shared()
-                tma_store(o_desc, [batch, head, row_start + GROUP * 64, half * C.OUT_COLUMNS], o)
+                tma_store(o_desc, [batch, head, row_start + GROUP * 64, part * C.OUT_COLUMNS], o)
         s = warpgroup_mma_wait(0, deps=(s,))
     tma_store_wait(0)
     if C.TURNS and GROUP == 0:

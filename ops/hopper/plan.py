@@ -87,11 +87,13 @@ def variant(plan: Plan, config: HopperConfig | None = None, named: bool = False)
     # a packed sequence's last tile reads the neighbour's keys, which may be NaN
     f = f._replace(BLOCK_M=GROUP_ROWS * config.groups, BLOCK_N=config.block_n, SANITIZE=f.SANITIZE or plan.packed,
                    CAP_FORM=config.cap_form)  # fmt: skip
+    # three warpgroups hide that work for each other (2 % slower); with key_log_weight halves were 16 % slower
+    halves = config.groups == 2 and not (f.HAS_DROPOUT or f.HAS_WEIGHT)
     cut = Cut(
         d, dv, config.groups, config.stages, config.turns, config.split, config.registers, f._replace(HAS_WEIGHT=False),
         Q_SLOTS=2 if max(d, dv) <= 128 else 1, OUT_COLUMNS=min(dv, 128),
         CAPPED=f.CAP_FORM > 0 and not (f.HAS_ALIBI or f.HAS_WEIGHT),
-        HALVES=config.groups == 2 and not (f.HAS_DROPOUT or f.HAS_WEIGHT), STAGED=config.staged and f.HAS_WEIGHT,
+        HALVES=halves, STAGED=config.staged and f.HAS_WEIGHT,
     )  # fmt: skip
     return f, cut, config
 

@@ -235,8 +235,8 @@ class _Backward:
         if self.spec.sinks is not None:
             dsink = lse.new_empty((plan.batch, plan.hq, tiles), dtype=torch.float32)
         cu_q = None if self.varlen is None else self.varlen.cu_seqlens_q
-        if self.varlen is not None:
-            fill_outside(plan, self.lse2, self.varlen.cu_seqlens_q, plan.max_q, float("inf"))
+        if cu_q is not None:
+            fill_outside(plan, self.lse2, cu_q, plan.max_q, float("inf"))
         run([out, self.dout, lse, dlse, self.spec.sinks, self.lse2, self.delta, dsink, cu_q])
         return None if dsink is None else dsink.sum((0, 2))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from patch_models import VOCAB, causal_config, causal_model, twin
 from torch import Tensor, nn
-from transformers import DynamicCache, LogitsProcessorList, TextStreamer
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, TextStreamer
 
 from hf_flash_mc.megacontext.attach import attach_megacontext, cache_argument, detach_megacontext, layer_windows
 from hf_flash_mc.megacontext.config import MegaContextConfig
@@ -341,6 +341,9 @@ def test_trained_lenses_are_shown_what_slots_are_about(kind: str) -> None:
         {"do_sample": True, "temperature": 0.7, "top_k": 11},
         {"do_sample": True, "top_p": 0.8, "repetition_penalty": 1.3},
         {"do_sample": False, "no_repeat_ngram_size": 2, "min_new_tokens": 12},
+        {"do_sample": True, "encoder_repetition_penalty": 4.0},
+        {"do_sample": True, "encoder_no_repeat_ngram_size": 1},
+        {"eos_token_id": list(range(3, VOCAB)), "min_length": 40, "min_new_tokens": 3},
     ],
     ids=lambda options: "-".join(options),
 )
@@ -351,6 +354,48 @@ def test_sampling_is_transformers_own(options: dict) -> None:
     attach_megacontext(model, CONFIG)
     torch.manual_seed(5)
     assert torch.equal(model.megacontext.session().generate(ids, max_new_tokens=24, **options), expected)
+
+
+def test_lengths_count_the_whole_history() -> None:
+    session = attached(config=dataclasses.replace(CONFIG, w_max=64)).megacontext.session()
+    session.ingest(history(300))
+    ends = {"eos_token_id": list(range(1, VOCAB)), "do_sample": False}
+    assert session.generate(max_new_tokens=8, min_length=290, **ends).shape == (1, 1)
+    assert session.generate(max_new_tokens=8, min_length=305, **ends).shape == (1, 5)
+    longest = GenerationConfig(max_length=310)
+    assert session.generate(generation_config=longest).shape == (1, 4)
+    with pytest.raises(ValueError, match="max_length: expected more than the 310 tokens"):
+        session.generate(generation_config=longest)
+    assert session.generate(generation_config=longest, max_new_tokens=2).shape == (1, 2)
+    session.model.generation_config.max_length = 256  # its range, as hubs' models say
+    assert session.generate().shape == (1, 20)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"token_healing": True},
+        {"use_mtp": True},
+        {"force_words_ids": [[5]]},
+        {"prompt_lookup_num_tokens": 1},
+        {"penalty_alpha": 1.0, "top_k": 4},
+        {"return_dict_in_generate": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_settings_that_ask_for_more_are_refused(options: dict) -> None:
+    session = attached().megacontext.session()
+    with pytest.raises(NotImplementedError, match=next(iter(options))):
+        session.generate(history(20), **options)
+    assert len(session) == 0
+
+
+def test_settings_that_are_wrong_read_no_prompt() -> None:
+    session = attached().megacontext.session()
+    session.ingest(history(20))
+    with pytest.raises(ValueError, match="tokenizer"):
+        session.generate([5, 6], stop_strings=["a"])
+    assert len(session) == 20
 
 
 def test_generation_streams_and_stops() -> None:

@@ -12,15 +12,20 @@ if TYPE_CHECKING:
     from .session import MegaContextSession
 
 DEFAULT_NEW_TOKENS = 20  # as in transformers
-# settings that ask for more than one sequence, or for a second model
-_ONE = {"num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1}
-_OFF = (
-    "penalty_alpha",
-    "dola_layers",
-    "prompt_lookup_num_tokens",
-    "guidance_scale",
-    "constraints",
-    "watermarking_config",
+# settings that ask for more than one sequence, a second model or another method, and what else leaves them off
+_OFF = {"num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1, "guidance_scale": 1} | dict.fromkeys(
+    (
+        "penalty_alpha",
+        "dola_layers",
+        "prompt_lookup_num_tokens",
+        "assistant_early_exit",
+        "use_mtp",
+        "constraints",
+        "force_words_ids",
+        "token_healing",
+        "watermarking_config",
+        "return_dict_in_generate",
+    )
 )
 
 
@@ -40,7 +45,9 @@ def generate(
     """Read ``input_ids`` (if any) and continue the history, greedily or by sampling.
 
     Settings mean what they mean in transformers' ``model.generate``: they are a GenerationConfig's, over the model's
-    own one; logits processors see the last ``w_max`` tokens of the history. The history then holds the new tokens too.
+    own one (but for its ``max_length``, as a history may be longer than the model's range, and its cache's settings:
+    a session has a cache of its own). Lengths count all of the history; logits processors see its last ``w_max``
+    tokens. The history then holds the new tokens too.
 
     Args:
         input_ids: token ids ``[n]`` or ``[1, n]``, or None to go on.
@@ -97,31 +104,42 @@ class Continuation:
     ) -> None:
         self.session, self.streamer, self.tokenizer, self.refocus = session, streamer, tokenizer, refocus
         self.config, self.limit = _settings(session, generation_config, options, input_ids)
-        self._processors, self._criteria = logits_processor, stopping_criteria or StoppingCriteriaList()
         nothing = torch.empty(0, dtype=torch.int64)
         self.prompt = nothing if input_ids is None else session._checked_ids(input_ids)
         session._check_range(len(self.prompt) + self.limit)
         if not len(self.prompt) and not len(session):
             raise ValueError("input_ids: the history is empty, so there is nothing to continue; expected some ids")
-
-    def begin(self) -> None:
-        """The prompt has been read: refocus, and make ready to choose."""
-        session, config = self.session, self.config
-        if self.refocus and (session.working_context.lod > 0).any():
-            session.refocus()
-        device, model = session.next_logits().device, session.model
-        self.seen = session.tokens(-session.config.w_max)[None].to(device)
+        most, device = session.config.w_max, session.device
+        self.seen = torch.cat((session.tokens(-most), self.prompt))[None, -most:].to(device)
         self.start = self.seen.shape[1]
+        # all that can be wrong with settings comes up here, before the prompt is read
+        self._make_rules(len(session) + len(self.prompt), logits_processor, stopping_criteria)
+
+    def _make_rules(self, read: int, logits_processor: Any, stopping_criteria: Any) -> None:
+        """Logits processors and stopping criteria of transformers, after a history of ``read`` tokens."""
+        config, model, device = self.config, self.session.model, self.seen.device
         config.max_length = self.start + self.limit
+        if config.min_new_tokens is not None:
+            config.min_length = None  # as in transformers
+        elif config.min_length:
+            config.min_length = max(0, config.min_length - read + self.start)
         model._prepare_special_tokens(config, True, device=device)
         self._processors = model._get_logits_processor(
             generation_config=config,
             input_ids_seq_length=self.start,
-            logits_processor=self._processors,
+            encoder_input_ids=self.seen,
+            logits_processor=logits_processor,
             device=device,
         )
         config.max_length = None  # counted here; transformers' criterion would warn of the model's range
-        self._criteria = model._get_stopping_criteria(config, self._criteria, tokenizer=self.tokenizer)
+        criteria = stopping_criteria or StoppingCriteriaList()
+        self._criteria = model._get_stopping_criteria(config, criteria, tokenizer=self.tokenizer)
+
+    def begin(self) -> None:
+        """The prompt has been read: refocus, and make ready to choose."""
+        session = self.session
+        if self.refocus and (session.working_context.lod > 0).any():
+            session.refocus()
         if self.streamer is not None:
             self.streamer.put(self.prompt)
         self.done = self.limit == 0
@@ -155,22 +173,18 @@ def _settings(session: MegaContextSession, given: Any, options: dict[str, Any], 
     config, unknown = session.model._prepare_generation_config(given, **options)
     if unknown:
         raise ValueError(f"generate: expected fields of a GenerationConfig, got {sorted(unknown)}")
-    asked = {name: getattr(config, name, None) for name in _ONE}
-    wrong = [f"{name}={value}" for name, value in asked.items() if value not in (None, _ONE[name])]
-    wrong += [name for name in _OFF if getattr(config, name, None) not in (None, 1, 1.0)]
-    if wrong or config.return_dict_in_generate:
-        wrong += ["return_dict_in_generate"] * bool(config.return_dict_in_generate)
+    asked = {name: getattr(config, name, None) for name in _OFF}
+    wrong = [f"{name}={value}" for name, value in asked.items() if value not in (None, False, _OFF[name])]
+    if wrong:
         raise NotImplementedError(
             f"generate: {', '.join(wrong)}: a session continues one history by greedy search or sampling; its way out "
             "is several sessions, or model.generate on the base model"
         )
     limit = config.max_new_tokens
-    if limit is None and "max_length" in options:
+    if limit is None and (longest := options.get("max_length", getattr(given, "max_length", None))) is not None:
         read = len(session) + (0 if input_ids is None else torch.as_tensor(input_ids).numel())
-        limit = config.max_length - read
+        limit = longest - read
         if limit < 1:
-            raise ValueError(
-                f"max_length: expected more than the {read} tokens of the history, got {config.max_length}"
-            )
+            raise ValueError(f"max_length: expected more than the {read} tokens of the history, got {longest}")
     limit = DEFAULT_NEW_TOKENS if limit is None else int(limit)
     return config, limit

@@ -38,11 +38,20 @@ FAMILIES = (
 SEEDS = 8  # one alone tells little where logits are large (Gemma 4: 0.9 to 1.4)
 
 
+def use_all_experts(config: Any) -> None:
+    """Every token to every expert: where rounding picks another one, the error is the router's, not attention's."""
+    for part in (config, getattr(config, "text_config", None)):
+        count = getattr(part, "num_local_experts", None) or getattr(part, "num_experts", None)
+        if count and hasattr(part, "num_experts_per_tok"):
+            part.num_experts_per_tok = count
+
+
 def built(model_type: str, seed: int) -> tuple[nn.Module, list[tuple[str, dict[str, Any]]]]:
     """The first tiny model of a type whose attention can all be reached, and the calls that reach it."""
     error: Any = "no candidate"
     for cls in candidates(model_type)[:3]:
         for config in configs(model_type):
+            use_all_experts(config)
             try:
                 model = build(cls, config, seed)
                 runs, modules, reached, error = find_runs(model)

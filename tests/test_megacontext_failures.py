@@ -16,6 +16,7 @@ from test_megacontext_session import CONFIG, attached, edits, history, logits_of
 from transformers import BatchEncoding
 
 from hf_flash_mc import MegaContextConfig, attach_megacontext, detach_megacontext, patch_model
+from hf_flash_mc.megacontext.store import FileStore
 
 TRAINED = {"width": 32, "head_dim": 16}
 DUAL = dataclasses.replace(CONFIG, w_max=64, lens={"kind": "dual", **TRAINED})
@@ -332,3 +333,48 @@ def test_sessions_of_a_compiled_model_go_as_without() -> None:
     model.compile(backend="eager", dynamic=True)
     assert torch.equal(tokens(), wanted)
     assert model._compiled_call_impl is not None, "compiled in place"
+
+
+def test_a_full_disk_leaves_a_session_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = attached(config=dataclasses.replace(CONFIG, w_max=64, lens={"kind": "recall"})), history(160)
+    put, full = FileStore._put, [""]
+
+    def failing(store: FileStore, offset: int, data: Any) -> None:
+        if store.path.name == full[0]:
+            raise OSError(28, "No space left on device")
+        put(store, offset, data)
+
+    monkeypatch.setattr(FileStore, "_put", failing)
+    names = ("KV0.ctx", "LOD0.ctx", "LOD1.ctx", "positions.ctx", "recall.ctx")
+    for name in names:
+        session = model.megacontext.session(tmp_path / name, chunk_size=16)
+        session.ingest(ids[:, :100])
+        full[0] = name
+        with pytest.raises(OSError, match="No space"):
+            session.ingest(ids[:, 100:])
+        full[0] = ""
+        session.check_invariants()
+        read, memory = len(session), session.memory
+        assert memory.committed == len(memory.places) == len(memory.recall) == read - len(memory.tail)
+        assert torch.equal(session.tokens(), ids[0, :read])
+        session.ingest(ids[:, read:])
+        session.save(session.folder)
+        session.close()
+        again = model.megacontext.load_session(tmp_path / name)
+        assert torch.equal(again.tokens(), ids[0])
+        index = again.memory.recall.store
+        kept = index.read(slice(0, len(index)))
+        again.close()
+        index.path.unlink()  # made again from the tree
+        made = model.megacontext.load_session(tmp_path / name).memory.recall.store
+        assert torch.equal(kept, made.read(slice(0, len(made))))
+    assert {path.name for path in (tmp_path / name).glob("*.ctx")} >= {*names}
+
+
+def test_history_taken_back_to_the_tree_says_how_to_go_on() -> None:
+    session = attached(config=dataclasses.replace(CONFIG, w_max=64)).megacontext.session(chunk_size=16)
+    session.ingest(history(100))
+    session.rewind(len(session.memory.tail))
+    with pytest.raises(ValueError, match="give generate its input_ids"):
+        session.generate(max_new_tokens=1)
+    assert session.generate([5], max_new_tokens=1).shape == (1, 1)

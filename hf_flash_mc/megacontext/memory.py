@@ -119,14 +119,16 @@ class KVMemory(Memory):
         index = np.searchsorted(wc.start, first) + np.arange(count)  # tokens outside the tree are lod 0 slots
         payload = self.cache.read(self.slots[index]).contiguous()  # once, where it is: pooled, searched and stored
         places = torch.from_numpy(self.numbering.position[index].astype(np.int32))
-        self.places.append(places)
+        beside = [self.places] if self.recall is None else [self.places, self.recall.store]
         try:
-            self.tree.append(token_ids[:count].cpu(), payload)
+            self.places.append(places)
+            if self.recall is not None:
+                self.recall.append(payload, places)
+            self.tree.append(token_ids[:count].cpu(), payload)  # last: it says how many there are
         except BaseException:
-            self.places.truncate(first)
+            for store in beside:
+                store.truncate(min(first, len(store)))
             raise
-        if self.recall is not None:
-            self.recall.append(payload, places)
 
     def keep_recall(self, recall: RecallIndex) -> None:
         """Keep an index of the tree's tokens; what it lacks is read from the tree."""

@@ -272,6 +272,11 @@ class MegaContextSession(Focus):
         if not len(self):
             raise ValueError("the history is empty: ingest something, or give generate its input_ids")
         if self._logits is None:
+            if not len(self.memory.tail):
+                raise ValueError(
+                    "the history was taken back to what is in the tree, which is not run again: ingest something, or "
+                    "give generate its input_ids"
+                )
             self.reread(1)
         assert self._logits is not None
         return self._logits

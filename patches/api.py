@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -176,7 +177,7 @@ def unpatch_model(model: Any) -> Any:
     for handle in state.hooks:
         handle.remove()
     for module, cls in state.adapted:
-        module.__class__ = cls
+        _change_class(module, cls)
     for module, _ in state.records:
         del module._mc_record
     vars(root).pop("init_continuous_batching", None)
@@ -289,12 +290,20 @@ def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
         module._mc_record = ModuleRecord(name, options)
         state.records.append((module, module._mc_record))
     for module, adapter in adapted:
-        module.__class__ = adapter
+        _change_class(module, adapter)
     if options.context_parallel is not None:
         state.hooks += add_hooks(root, options.context_parallel, options.packing)
     if claim is None and hasattr(root, "init_continuous_batching"):
         vars(root)["init_continuous_batching"] = paged.refuse
     vars(root)["_mc_state"] = state
+
+
+def _change_class(module: nn.Module, cls: type) -> None:
+    """Also in the methods that hooks keep on the module itself: accelerate's offloading calls `_old_forward`."""
+    former, module.__class__ = type(module), cls
+    for name, held in vars(module).items():
+        if isinstance(held, MethodType) and held.__func__ is getattr(former, held.__name__, None):
+            vars(module)[name] = MethodType(getattr(cls, held.__name__), held.__self__)
 
 
 def _parts_with(root: PreTrainedModel, attention: dict[str, nn.Module]) -> list[PreTrainedModel]:

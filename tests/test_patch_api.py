@@ -198,6 +198,22 @@ def test_wrappers_are_looked_into():
     assert tuned.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("first", ["hooks", "patch"])
+def test_offloading_hooks_call_the_adapter_and_after_unpatching_the_stock_class(first):
+    """GPT-Neo's attention has a buffer, so that accelerate hooks it and keeps its forward on the module."""
+    accelerate = pytest.importorskip("accelerate")
+    model, mask = causal_model("gpt_neo"), padding("left")
+    expected = run(model, mask)
+    if first == "patch":
+        patch_model(model)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    patch_model(model)
+    torch.testing.assert_close(run(model, mask)[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
+    assert not patch_report(model).not_reached
+    unpatch_model(model)
+    assert torch.equal(run(model, mask), expected)
+
+
 @pytest.mark.parametrize("base", [transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM])
 def test_classes_load_patched_models(base, tmp_path):
     model = causal_model("llama")

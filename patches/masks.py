@@ -26,6 +26,7 @@ from .support import FLOAT_MASKS, SLICES_MASKS, wants_dense_masks
 
 PROBE_BASE, PROBE_DIGITS = 64, 4  # 64 ** 4 = 16.8 million keys; fixed, as a count from the length would recompile
 _INF_BITS = -8388608  # the bits of float32 -inf, as int32
+ALL_KEYS = 1 << 30  # where everything is seen: more keys may come than a mask was made for (the caches of BERT)
 
 
 class Pattern(NamedTuple):
@@ -175,14 +176,14 @@ def document_bounds(documents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _closed_form(pattern: Pattern, q_length: int, kv_length: int, q_offset, kv_offset, device) -> tuple[Tensor, Tensor]:
-    """lo and hi, [B or 1, Q], in local key coordinates, clamped to [0, kv_length]."""
+    """lo and hi, [B or 1, Q], in local key coordinates, clamped to [0, kv_length]; unbounded, hi is ``ALL_KEYS``."""
     shift = q_offset - kv_offset
     if isinstance(shift, Tensor):
         row = torch.arange(q_length, device=device) + shift
     else:
         row = torch.arange(shift, shift + q_length, device=device)
     row = row[None]
-    lo, hi = torch.zeros_like(row), torch.full_like(row, kv_length)
+    lo, hi = torch.zeros_like(row), torch.full_like(row, ALL_KEYS)
     reach = 0 if pattern.causal else pattern.right
     if reach is not None:
         hi = (row + reach + 1).clamp(0, kv_length)
@@ -334,7 +335,7 @@ def _one_row(pattern: Pattern, kv_length: int, q_offset, kv_offset, device) -> T
     row = q_offset - kv_offset
     lo = 0 if pattern.left is None else max(row - pattern.left, 0)
     reach = 0 if pattern.causal else pattern.right
-    hi = kv_length if reach is None else min(row + reach + 1, kv_length)
+    hi = ALL_KEYS if reach is None else min(row + reach + 1, kv_length)
     if hi <= lo:
         return None
     return torch.arange(lo, hi + 1, hi - lo, dtype=torch.int32, device=device).view(1, 1, 1, 2)

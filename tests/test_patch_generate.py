@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from patch_models import ADAPTED, ENCODER_DECODER, build, causal_model, tokens, twin
+from patch_models import ADAPTED, ENCODER_DECODER, SMALL, build, causal_model, tokens, twin
 
 from hf_flash_mc.patches import patch_model, patch_report
 
@@ -51,6 +51,16 @@ def test_greedy_with_left_padding(family, cache):
 @pytest.mark.parametrize("family", [*ADAPTED, "qwen2", "gemma4", "cohere2", "deepseek_v3", "gpt_neox", "opt"])
 def test_greedy_of_more_families(family):
     compare(family, *left_padded())
+
+
+def test_bidirectional_decoder():
+    """Its mask is made without its cache, and for fewer keys than there are."""
+    model = build(transformers.BertLMHeadModel, transformers.BertConfig(**SMALL))
+    ids = tokens(2, 11)
+    expected = generate(model, ids, torch.ones_like(ids))
+    got = generate(patch_model(model), ids, torch.ones_like(ids))
+    assert torch.equal(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1], rtol=0, atol=3e-5)
 
 
 def test_gpt_neo_over_a_static_cache():

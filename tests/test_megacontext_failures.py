@@ -378,3 +378,79 @@ def test_history_taken_back_to_the_tree_says_how_to_go_on() -> None:
     with pytest.raises(ValueError, match="give generate its input_ids"):
         session.generate(max_new_tokens=1)
     assert session.generate([5], max_new_tokens=1).shape == (1, 1)
+
+
+@pytest.mark.parametrize("lens", ["recall", "gist_mass", "dual"])
+def test_sessions_begun_or_read_in_inference_mode_go_on_outside(lens: str) -> None:
+    settings: dict[str, Any] = {"kind": lens, **(TRAINED if lens == "dual" else {})}
+    model = attached(config=dataclasses.replace(CONFIG, w_max=64, lens=settings))
+    with torch.inference_mode():
+        first, second = (model.megacontext.session(chunk_size=16) for _ in range(2))
+        first.ingest(history(200))
+        first.refocus()
+        model.megacontext.generate([first, second], [[5], [6]], max_new_tokens=2)
+    for session in (first, second):
+        session.ingest(history(200))
+        session.refocus(reread=2)
+        assert session.generate(max_new_tokens=3).shape == (1, 3)
+        session.check_invariants()
+
+
+@pytest.mark.parametrize("lens", ["recall", "gist_mass", "dual"])
+def test_autocast_reaches_the_model_alone(lens: str) -> None:
+    settings: dict[str, Any] = {"kind": lens, **(TRAINED if lens == "dual" else {})}
+    gist = {"pooling": "query", "rank": 4}
+    model = attached(config=dataclasses.replace(CONFIG, w_max=64, lens=settings, gist=gist))
+    torch.nn.init.normal_(model.megacontext.gist.up)
+    with torch.autocast("cpu", torch.bfloat16):
+        session = model.megacontext.session(chunk_size=16)
+        session.ingest(history(200))
+        scores = session.scores()
+    assert torch.equal(session.scores(), scores)
+    children = session.tree.payload(0, slice(0, 8)).unflatten(0, (2, 4))
+    places = session.memory.places.read(slice(0, 8)).long().unflatten(0, (2, 4))
+    gists = model.megacontext.gist.pool(children, lod=1, positions=places)
+    torch.testing.assert_close(session.tree.payload(1, slice(0, 2)), gists)
+
+
+def test_another_default_dtype_is_no_ones_weights() -> None:
+    model = attached(config=dataclasses.replace(CONFIG, w_max=64))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        session = model.megacontext.session(chunk_size=16)
+        session.ingest(history(200))
+        session.refocus()
+        tokens = session.generate(max_new_tokens=4, do_sample=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    again = model.megacontext.session(chunk_size=16)
+    again.ingest(history(200))
+    again.refocus()
+    assert torch.equal(again.generate(max_new_tokens=4, do_sample=False), tokens)
+
+
+def test_disable_within_disable() -> None:
+    model, ids = causal_model("llama"), history(9)
+    before = logits_of(model, ids)
+    attach_megacontext(model, CONFIG)
+    with model.megacontext.disable():
+        with model.megacontext.disable():
+            assert torch.equal(logits_of(model, ids), before)
+        assert torch.equal(logits_of(model, ids), before)
+        assert not model.megacontext.enabled
+    model.megacontext.session().ingest(ids)
+
+
+@pytest.mark.parametrize("heads", [[(2, 0)], [(0, 4)], [(0, -1)], []])
+def test_recall_heads_that_the_model_has_not(heads: list[tuple[int, int]]) -> None:
+    with pytest.raises(ValueError, match="2 layers with 4 heads"):
+        attached().megacontext.session(recall=heads)
+
+
+def test_a_closed_session_is_not_saved(tmp_path: Path) -> None:
+    session = attached().megacontext.session()
+    session.ingest(history(200))
+    session.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        session.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

@@ -84,7 +84,10 @@ class MegaContext(nn.Module, ModelHubMixin):
 
     @contextmanager
     def disable(self) -> Iterator[None]:
-        """Within: the stock model, unpatched; sessions raise."""
+        """Within: the model as it was before it was attached, unpatched if it was; sessions raise."""
+        if not self.enabled:  # within another one
+            yield
+            return
         self.enabled = False
         if self._patched_here:
             unpatch_model(self.base)

@@ -186,6 +186,7 @@ class BatchCache(Cache):
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, dtype)
 
 
+@torch.inference_mode(False)  # buffers made within it could not be written to outside
 def _shared(members: list[MegaContextCache]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """kv, log_weight, token and queries of all members in one tensor each, of which theirs become views."""
     capacity, dim = members[0].capacity, members[0].kv.shape[4]

@@ -129,7 +129,7 @@ class MegaContextCache(Cache):
         super().__init__(layers=[SlotLayer(self, index, window) for index, window in enumerate(windows)])
         self.capacity, self.observe = capacity, observe
         self.kv = torch.zeros(2, layers, num_kv_heads, capacity, head_dim, dtype=dtype, device=device)
-        self.log_weight = torch.full((layers, num_kv_heads, capacity), -torch.inf, device=device)
+        self.log_weight = torch.full((layers, num_kv_heads, capacity), -torch.inf, dtype=torch.float32, device=device)
         self.token = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.queries = torch.zeros(layers, num_heads, observe, head_dim, dtype=dtype, device=device)
         self.windows = windows
@@ -310,7 +310,7 @@ class MegaContextCache(Cache):
         """
         queries, end = self.last_queries(last), self.end
         rows = queries.shape[2]
-        mass = torch.zeros(end, device=self.device)
+        mass = torch.zeros(end, dtype=torch.float32, device=self.device)
         layers = [index for index, window in enumerate(self.windows) if window is None] or list(range(len(self.layers)))
         if not rows:
             return mass

@@ -102,6 +102,7 @@ class Continuation:
         refocus: bool = True,
         **options: Any,
     ) -> None:
+        session.check_open()
         self.session, self.streamer, self.tokenizer, self.refocus = session, streamer, tokenizer, refocus
         self.config, self.limit = _settings(session, generation_config, options, input_ids)
         nothing = torch.empty(0, dtype=torch.int64)

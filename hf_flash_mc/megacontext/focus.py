@@ -97,7 +97,7 @@ class Focus:
         keep: the last so many tokens ask, and stay out of the tree; 0: the last ``observe`` queries ask.
         """
         _check_count("keep", keep)
-        with self.stats.time("lens"), torch.no_grad():
+        with self.stats.time("lens"), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             scores = self.addon.lens.score(self.lens_input(keep)).detach().cpu()
         self.last_scores = self.working_context.start, self.working_context.lod, scores.numpy().copy()
         return scores

@@ -81,7 +81,7 @@ class RecallIndex:
         device, count = queries.device, queries.shape[2]
         blocks = len(self) // self.block_size
         if not blocks or not count:
-            return torch.zeros(blocks, device=device)
+            return torch.zeros(blocks, dtype=torch.float32, device=device)
         layers = [layer for layer, _ in self.heads]
         held = torch.stack([queries[layer, head] for layer, head in self.heads], 1)  # [n, P', D]
         bare = self._bare(held, torch.arange(first, first + count, device=device), layers)

@@ -44,6 +44,7 @@ class MegaContextSession(Focus):
         working_context, tree, cache: see their classes. One session is one history: batch size 1, not thread-safe.
     """
 
+    @torch.inference_mode(False)  # tensors made within it could not be written to outside
     def __init__(
         self,
         addon: MegaContext,
@@ -300,6 +301,7 @@ class MegaContextSession(Focus):
         """Write all of the session into a folder, for ``model.megacontext.load_session``."""
         from .io import save_session
 
+        self.check_open()
         save_session(self, folder)
 
     def close(self) -> None:
@@ -327,6 +329,12 @@ class MegaContextSession(Focus):
         text = self.model.config.get_text_config(decoder=True)
         groups = text.num_attention_heads // self.config.num_kv_heads
         heads = [(int(layer), int(head)) for layer, head in heads]
+        sizes = len(self.cache.layers), text.num_attention_heads
+        if not heads or any(not (0 <= layer < sizes[0] and 0 <= head < sizes[1]) for layer, head in heads):
+            raise ValueError(
+                f"recall: expected (layer, query head) pairs of {sizes[0]} layers with {sizes[1]} heads, got {heads}; "
+                "None takes those that copy best"
+            )
         store = open_store(self.config, self.folder, len(pairs_of(heads, groups)))
         index = RecallIndex(heads, groups, self.scaling, self.addon.rope, self.config.block_size, store, self.device)
         assert isinstance(self.memory, KVMemory)
@@ -451,7 +459,7 @@ class MegaContextSession(Focus):
         self.check_open()
         count = min(upto, len(self)) - self.memory.committed
         if count > 0:
-            with self.stats.time("commit"):
+            with self.stats.time("commit"), torch.autocast(self.device.type, enabled=False):
                 self.memory.commit(self.memory.committed + count, self.memory.tail, self.working_context)
             self.memory.tail = self.memory.tail[count:]
 

@@ -136,6 +136,7 @@ class MemoryStore(_Records):
         super().__init__(shape, dtype)
         self._data = torch.empty((0, *self.shape), dtype=dtype)
 
+    @torch.inference_mode(False)  # what grew within it could not be written to outside
     def append(self, records: Tensor) -> int:
         records = self._checked(records)
         length = self._length + len(records)

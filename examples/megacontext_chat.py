@@ -80,7 +80,7 @@ def dtype_on(device: torch.device) -> str:
 
 def open_session(model: Any, tokenizer: Any, options: argparse.Namespace) -> Any:
     """A saved session, or a new one that has read the document."""
-    if options.folder and Path(options.folder, "session.json").exists():
+    if options.folder and Path(options.folder, "session.safetensors").exists():
         return model.megacontext.load_session(options.folder)
     session = model.megacontext.session(options.folder)
     text = Path(options.text).read_text() if options.text else "\n\n".join(topics[name] for name in sorted(topics))

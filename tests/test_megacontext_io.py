@@ -16,7 +16,7 @@ import hf_flash_mc
 from hf_flash_mc.megacontext import StoreError
 from hf_flash_mc.megacontext.attach import MegaContext, detach_megacontext
 from hf_flash_mc.megacontext.io import CONFIG as CONFIG_FILE
-from hf_flash_mc.megacontext.io import STATE, SUMMARY, WEIGHTS, load_megacontext
+from hf_flash_mc.megacontext.io import STATE, WEIGHTS, _read_state, _write_tensors, load_megacontext
 
 LONG = dataclasses.replace(CONFIG, w_max=64)
 STEADY = dataclasses.replace(LONG, lens={"kind": "recency"})  # scores that rounding does not touch
@@ -158,18 +158,26 @@ def test_what_was_read_after_saving_is_forgotten(tmp_path: Path) -> None:
 SESSION_DAMAGE = {
     "state missing": (lambda f: (f / STATE).unlink(), FileNotFoundError, "no such file"),
     "state truncated": (lambda f: (f / STATE).write_bytes((f / STATE).read_bytes()[:-5]), ValueError, "damaged"),
-    "summary foreign": (lambda f: (f / SUMMARY).write_text("[]"), ValueError, "expected format 1"),
+    "state foreign": (lambda f: save_file({"x": torch.ones(1)}, f / STATE), ValueError, "expected format 1"),
+    "a missing tensor": (lambda f: _restate(f, drop="position"), ValueError, "expected position, got none"),
+    "a missing setting": (lambda f: _restate(f, drop="observe"), ValueError, "expected observe, got none"),
     "block size": (lambda f: _rewrite_config(f, block_size=8), ValueError, "block_size: expected 4, got 8"),
     "base model": (lambda f: _rewrite_config(f, base_model_name_or_path="x"), ValueError, "got 'x'"),
     "tree truncated": (lambda f: _cut(f / "KV0.ctx"), StoreError, "KV0"),
-    "too short a tree": (lambda f: _rewrite(f / SUMMARY, committed=10**6), StoreError, "expected at least 1000000"),
-    "other state": (lambda f: _rewrite(f / SUMMARY, total=7), StoreError, "does not belong"),
+    "no tokens": (lambda f: (f / "LOD0.ctx").unlink(), StoreError, "LOD0.ctx: expected beside"),
+    "other state": (lambda f: _restate(f, committed=300), StoreError, "do not belong together"),
 }
 
 
+def _restate(folder: Path, drop: str = "", **changes) -> None:
+    state, summary = _read_state(folder / STATE)
+    state.pop(drop, None)
+    summary.pop(drop, None)
+    _write_tensors(folder / STATE, state, {"session": json.dumps({**summary, **changes})})
+
+
 def _rewrite_config(folder: Path, **changes) -> None:
-    config = json.loads((folder / SUMMARY).read_text())["config"]
-    _rewrite(folder / SUMMARY, config={**config, **changes})
+    _restate(folder, config={**_read_state(folder / STATE)[1]["config"], **changes})
 
 
 def _cut(path: Path) -> None:
@@ -182,8 +190,45 @@ def test_damaged_session_is_refused(tmp_path: Path, damage: str) -> None:
     _long_session(model).save(tmp_path)
     spoil, error, message = SESSION_DAMAGE[damage]
     spoil(tmp_path)
+    sizes = {path: path.stat().st_size for path in tmp_path.iterdir()}
     with pytest.raises(error, match=message):
         model.megacontext.load_session(tmp_path)
+    assert {path: path.stat().st_size for path in tmp_path.iterdir()} == sizes, "nothing is cut off before all is known"
+
+
+def test_a_save_that_is_killed_leaves_the_one_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attached(config=LONG)
+    session = _long_session(model, tmp_path)
+    session.save(tmp_path)
+    session.ingest(history(60, seed=8))
+    for name in ("hf_flash_mc.megacontext.io.save_file", "os.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, _killed)
+            with pytest.raises(KeyboardInterrupt):
+                session.save(tmp_path)
+    session.close()
+    again = model.megacontext.load_session(tmp_path)
+    again.check_invariants()
+    assert len(again) == 330
+
+
+def _killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_session_that_cannot_begin_lets_go_of_its_files(tmp_path: Path) -> None:
+    model = attached(config=dataclasses.replace(LONG, lens={"kind": "recall"}))
+    session = _long_session(model, tmp_path)
+    session.save(tmp_path)
+    session.close()
+    index = tmp_path / "recall.ctx"
+    whole = index.read_bytes()
+    _cut(index)
+    with pytest.raises(StoreError, match="truncated") as held:  # which keeps the frames, as a notebook does
+        model.megacontext.load_session(tmp_path)
+    index.write_bytes(whole)
+    assert len(model.megacontext.load_session(tmp_path)) == 330
+    assert held.traceback
 
 
 def test_session_folders_are_not_overwritten(tmp_path: Path) -> None:

@@ -360,6 +360,10 @@ def test_a_folder_is_reopened(tmp_path, backend):
         (lambda f: (f / "metadata.json").write_text("{"), "metadata.json: expected JSON, got something else"),
         (lambda f: (f / "metadata.json").write_text("[]"), "metadata.json: expected a JSON object, got list"),
         (lambda f: (f / "LOD1.ctx").unlink(), "LOD1.ctx: expected beside LOD0.ctx, got no such file; restore it"),
+        (
+            lambda f: (f / "LOD0.ctx").unlink(),
+            "LOD0.ctx: expected beside KV0.ctx, LOD1.ctx, LOD2.ctx, got no such file",
+        ),
         (lambda f: os.replace(f / "LOD1.ctx", f / "LOD2.ctx"), "LOD1.ctx: expected beside"),
         (
             lambda f: (f / "LOD2.ctx").write_bytes((f / "LOD1.ctx").read_bytes()),
@@ -371,7 +375,17 @@ def test_a_folder_is_reopened(tmp_path, backend):
             "level 1: expected 7 records for 30 tokens, got 6; the files do not belong",
         ),
     ],
-    ids=["no metadata", "no json", "json list", "missing", "moved", "wrong level", "truncated", "too few"],
+    ids=[
+        "no metadata",
+        "no json",
+        "json list",
+        "missing",
+        "missing tokens",
+        "moved",
+        "wrong level",
+        "truncated",
+        "too few",
+    ],
 )
 def test_damaged_folders_are_named_and_can_be_opened_once_mended(tmp_path, damage, message):
     tree = MegaContextTree(config_of(), folder=tmp_path, pool=Mean())
@@ -381,6 +395,7 @@ def test_damaged_folders_are_named_and_can_be_opened_once_mended(tmp_path, damag
     damage(tmp_path)
     with pytest.raises(StoreError, match=message):
         MegaContextTree(config_of(), folder=tmp_path)
+    assert (tmp_path / "KV0.ctx").stat().st_size in (100, len(good[tmp_path / "KV0.ctx"])), "nothing was cut off"
     for path, raw in good.items():
         path.write_bytes(raw)
     tree = MegaContextTree(config_of(), folder=tmp_path)  # nothing stayed locked

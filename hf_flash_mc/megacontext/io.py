@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,8 +23,21 @@ if TYPE_CHECKING:
     from .session import MegaContextSession
 
 WEIGHTS, CONFIG = "megacontext_model.safetensors", "megacontext_config.json"
-STATE, SUMMARY = "session.safetensors", "session.json"
+STATE = "session.safetensors"  # one file, replaced in one step: a save that is killed leaves the one before it
 FORMAT = 1
+_STATE = ("start", "lod", "position", "tail_ids", "tail_payload", "queries", "generator")
+_SUMMARY = (
+    "config",
+    "committed",
+    "next_position",
+    "dtype",
+    "allocation",
+    "since_refocus",
+    "chunk_size",
+    "observe",
+    "telemetry",
+    "recall",
+)
 
 
 def save_addon(addon: MegaContext, folder: str | Path) -> None:
@@ -130,7 +143,6 @@ def save_session(session: MegaContextSession, folder: str | Path) -> None:
         "format": FORMAT,
         "config": session.config.to_dict(),
         "committed": memory.committed,
-        "total": wc.total,
         "next_position": memory.numbering.next,
         "dtype": str(memory.dtype).removeprefix("torch."),
         "allocation": session.allocation.to_dict(),
@@ -140,8 +152,7 @@ def save_session(session: MegaContextSession, folder: str | Path) -> None:
         "telemetry": session.stats.to_dict(),
         "recall": None if memory.recall is None else memory.recall.heads,
     }
-    _write_tensors(folder / STATE, state)
-    _write_json(folder / SUMMARY, summary)
+    _write_tensors(folder / STATE, state, {"session": json.dumps(summary)})
 
 
 def load_session(addon: MegaContext, folder: str | Path) -> MegaContextSession:
@@ -153,8 +164,7 @@ def load_session(addon: MegaContext, folder: str | Path) -> MegaContextSession:
     from .session import MegaContextSession
 
     folder = Path(folder)
-    summary = _read_json(folder / SUMMARY, FORMAT)
-    state = _read_tensors(folder / STATE)
+    state, summary = _read_state(folder / STATE)
     mine, theirs = addon.config.to_dict(), summary["config"]
     for values in (mine, theirs):
         values.pop("lens")  # scores are made anew: any lens may go on with a history
@@ -164,27 +174,43 @@ def load_session(addon: MegaContext, folder: str | Path) -> MegaContextSession:
         differ.append(f"dtype: expected {dtype}, got {summary['dtype']}")
     if differ:
         raise ValueError(f"{folder}: the session belongs to another add-on or model: {'; '.join(differ)}")
+    try:
+        wc = WorkingContext.from_arrays(addon.config, state["start"].numpy(), state["lod"].numpy())
+        if wc.total != summary["committed"] + len(state["tail_ids"]):
+            raise InvariantError("tree", f"{wc.total} tokens, expected {summary['committed']} in the tree and the tail")
+    except InvariantError as error:
+        raise StoreError(f"{folder / STATE}: its parts do not belong together: {error}") from error
     options = {"chunk_size": summary["chunk_size"], "observe": summary["observe"]}
     options["recall"] = False if summary["recall"] is None else summary["recall"]
     session = MegaContextSession(addon, folder, resume=summary["committed"], **options)
     try:
-        _restore(session, state, summary)
+        _restore(session, wc, state, summary)
     except BaseException:
         session.close()
         raise
     return session
 
 
-def _restore(session: MegaContextSession, state: dict[str, Tensor], summary: dict[str, Any]) -> None:
+def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and summary of a saved session, with all that belongs to them."""
+    state = _read_tensors(path)
+    with safe_open(path, "pt") as file:
+        summary = json.loads((file.metadata() or {}).get("session", "{}"))
+    _check_format(path, summary, FORMAT)
+    missing = [name for name in _SUMMARY if name not in summary] + [name for name in _STATE if name not in state]
+    if missing:
+        raise ValueError(f"{path}: expected {', '.join(missing)}, got none; it was written by another version")
+    return state, summary
+
+
+def _restore(
+    session: MegaContextSession, wc: WorkingContext, state: dict[str, Tensor], summary: dict[str, Any]
+) -> None:
     memory, cache = session.memory, session.cache
+    wc.mark_loaded(memory.tree.version)
     try:
-        wc = WorkingContext.from_arrays(
-            session.config, state["start"].numpy(), state["lod"].numpy(), memory.tree.version
-        )
         wc.check_invariants(memory.tree)
-        if wc.total != summary["total"] or wc.total != memory.committed + len(state["tail_ids"]):
-            raise InvariantError("tree", f"{wc.total} tokens, expected {summary['total']}")
-    except (InvariantError, KeyError) as error:
+    except InvariantError as error:
         raise StoreError(f"{STATE} does not belong to these files: {error}") from error
     session.working_context = wc
     memory.numbering.position = state["position"].numpy().astype(np.int64)
@@ -200,6 +226,14 @@ def _restore(session: MegaContextSession, state: dict[str, Tensor], summary: dic
     session.stats.load_dict(summary["telemetry"])
 
 
+def _check_format(path: Path, values: Any, known: int) -> None:
+    if not isinstance(values, dict) or values.get("format") != known:
+        got = values.get("format") if isinstance(values, dict) else type(values).__name__
+        raise ValueError(
+            f"{path}: expected format {known}, got {got}; it was written by another version, or is foreign"
+        )
+
+
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
@@ -213,17 +247,13 @@ def _read_json(path: Path, known: int) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got something else ({error})") from error
-    if not isinstance(values, dict) or values.get("format") != known:
-        got = values.get("format") if isinstance(values, dict) else type(values).__name__
-        raise ValueError(
-            f"{path}: expected format {known}, got {got}; it was written by another version, or is foreign"
-        )
+    _check_format(path, values, known)
     return values
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def _write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> None:
     fresh = path.with_name(path.name + ".new")
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, fresh)
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, fresh, about)
     os.replace(fresh, path)
 
 

@@ -83,6 +83,7 @@ class MegaContextSession(Focus):
         )
         self.memory = self._make_memory(durable)
         held = self.memory.committed
+        self.scaling, self._softcap = _attention_scales(self.model, self.head_dim)
         try:
             if resume is not None:
                 self.memory.truncate(resume)
@@ -91,6 +92,10 @@ class MegaContextSession(Focus):
                     f"folder: {self.folder} holds a history of {held} tokens; choose an empty folder, or "
                     "model.megacontext.load_session(folder) for a saved session"
                 )
+            if recall is None:
+                recall = addon.lens.reads == "recall"
+            if recall is not False:
+                self._keep_recall(None if recall is True else recall)
         except BaseException:
             self.memory.close()
             raise
@@ -102,11 +107,6 @@ class MegaContextSession(Focus):
         self._logits: Tensor | None = None  # [V], what follows the history; None after it changed
         self._since_refocus = 0
         self._cache_argument = cache_argument(self.model)
-        self.scaling, self._softcap = _attention_scales(self.model, self.head_dim)
-        if recall is None:
-            recall = addon.lens.reads == "recall"
-        if recall is not False:
-            self._keep_recall(None if recall is True else recall)
         none = np.empty(0, np.int64)
         self.last_scores = none, none.astype(np.int8), none.astype(np.float32)  # start, lod, score [N]
         self._by_mass = GistMassLens(self.config)

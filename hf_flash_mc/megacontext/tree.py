@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import MegaContextConfig
-from .store import FileStore, MemoryStore, Store, StoreError, sync_folder
+from .store import HEADER, FileStore, MemoryStore, Store, StoreError, sync_folder
 
 TOKENS = "tokens"
 METADATA = "metadata.json"
@@ -234,6 +234,11 @@ class MegaContextTree:
         folder.mkdir(parents=True, exist_ok=True)
         self._check_metadata(folder, durable)
         exists = (folder / self._file(TOKENS)).exists()
+        held = [path.name for path in folder.glob("*.ctx") if path.stat().st_size > HEADER.size]
+        if held and not exists:  # made anew it would be empty, and cut the others to nothing
+            raise StoreError(
+                f"{folder / self._file(TOKENS)}: expected beside {', '.join(sorted(held))}, got no such file; restore it"
+            )
         stores: dict[str | int, Store] = {}
         try:
             for key in self._keys:

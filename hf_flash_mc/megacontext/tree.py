@@ -234,11 +234,10 @@ class MegaContextTree:
         folder.mkdir(parents=True, exist_ok=True)
         self._check_metadata(folder, durable)
         exists = (folder / self._file(TOKENS)).exists()
-        held = [path.name for path in folder.glob("*.ctx") if path.stat().st_size > HEADER.size]
+        held = sorted(path.name for path in folder.glob("*.ctx") if path.stat().st_size > HEADER.size)
         if held and not exists:  # made anew it would be empty, and cut the others to nothing
-            raise StoreError(
-                f"{folder / self._file(TOKENS)}: expected beside {', '.join(sorted(held))}, got no such file; restore it"
-            )
+            path = folder / self._file(TOKENS)
+            raise StoreError(f"{path}: expected beside {', '.join(held)}, got no such file; restore it")
         stores: dict[str | int, Store] = {}
         try:
             for key in self._keys:

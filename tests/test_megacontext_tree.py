@@ -362,7 +362,7 @@ def test_a_folder_is_reopened(tmp_path, backend):
         (lambda f: (f / "LOD1.ctx").unlink(), "LOD1.ctx: expected beside LOD0.ctx, got no such file; restore it"),
         (
             lambda f: (f / "LOD0.ctx").unlink(),
-            "LOD0.ctx: expected beside KV0.ctx, LOD1.ctx, LOD2.ctx, got no such file",
+            "LOD0.ctx: expected beside KV0.ctx, LOD1.ctx, LOD2.ctx",
         ),
         (lambda f: os.replace(f / "LOD1.ctx", f / "LOD2.ctx"), "LOD1.ctx: expected beside"),
         (

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_flash_mc.megacontext.quality import Comparison, needle_table, table_of
+from hf_flash_mc.megacontext.quality import compare, needle_table, table_of
 
 PAGES = ("megacontext.md", "benchmarks.md")  # of docs/
 SETTLED = 10_000  # tokens of a soak after which memory should not grow
@@ -34,8 +34,7 @@ def quality(found: Found) -> str:
         f"Model {options['model']}, text {text}, {len(whole)} windows of {options['context']} tokens. The whole window "
         f"leaves {sum(whole) / len(whole):.3f} nats a token."
     )
-    lines = [Comparison(**line) for line in found["lines"]]
-    return f"{head}\n\n{table_of(lines, found['slots'], found['missing'])}"
+    return f"{head}\n\n{table_of(compare(losses), found['slots'], found['missing'])}"
 
 
 def needles(found: Found) -> str:

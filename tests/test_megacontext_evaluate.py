@@ -155,6 +155,8 @@ def test_summary_tells_a_real_effect_from_noise() -> None:
     assert found["gist mass"].p["recency"] < 0.01
     assert found["recency"].p["gist mass"] > 0.99
     assert found["recency"].p["drop"] < 0.01
+    assert found["recency"].p["gists"] < 0.01
+    assert found["gists"].p.keys() == {"drop", "recency", "gist mass"}
     assert "gist mass" in table_of(lines)
     same = [{**row(i), "recency": row(i)["gist mass"]} for i in range(200)]
     assert {line.name: line for line in summarise(same)}["gist mass"].p["recency"] > 0.5

@@ -14,14 +14,11 @@ from benchmarks import report, sections
 
 RUN = {"device": "a GPU", "dtype": "float32", "torch": "2", "transformers": "5", "commit": "abcdef0123456789"}
 RUN |= {"date": "2026-01-01", "command": "hf-flash-mc evaluate --windows 2"}
-LINE = {"name": "gists", "cost": 0.5, "error": 0.1, "median": 0.4, "median_low": 0.3, "median_high": 0.6}
-LINE |= {"recovered": 0.25, "low": 0.2, "high": 0.3, "p": {"drop": 0.001}}
 QUALITY = {
     "options": {"model": "small", "tokens": "docs-held-out.npy", "text": None, "context": 2048},
-    "lines": [LINE],
     "slots": {"gists": 96},
     "missing": ["SnapKV (kvpress): kvpress is not installed"],
-    "losses": {"whole": [2.0, 3.0]},
+    "losses": {"whole": [2.0, 3.0], "drop": [4.0, 5.0], "gists": [3.5, 4.5], "trained gists": [3.0, 4.0]},
 }
 NEEDLES = {
     "options": {"window": 2048, "rounds": 3, "edits": 4, "heads": None},
@@ -67,7 +64,9 @@ def test_pages_hold_what_the_files_say_and_only_between_markers(tmp_path: Path) 
     assert text.endswith("<!-- kills:end -->\nbetween\nafter\n")
     assert "old" not in text
     assert text.count("leaves 2.500 nats a token") == 2
-    assert "| gists | 96 | 0.500 ± 0.100 | 0.400 (0.300 to 0.600) | 25% (20% to 30%) | 0.0010 |  |  |" in text
+    line = "{} | {} | {:.3f} ± 0.000 | {:.3f} ({:.3f} to {:.3f}) | {} ({} to {}) | 0.0001 | {} |  |  |"
+    assert line.format("| gists", 96, *[1.5] * 4, *["25%"] * 3, "") in text
+    assert line.format("| trained gists", "", *[1.0] * 4, *["50%"] * 3, "0.0001") in text
     assert "| SnapKV (kvpress) | | not run: kvpress is not installed |" in text
     assert "a GPU, float32, torch 2, transformers 5, commit abcdef012345, 2026-01-01; `hf-flash-mc evaluate" in text
     assert "[quality-other.json](../benchmarks/results/quality-other.json)" in text

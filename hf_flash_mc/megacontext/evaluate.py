@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import peers
 from .attach import detach_megacontext
-from .quality import JUDGED, Row, judged, rounded, summarise, table_of
+from .quality import JUDGED, Row, compare, judged, rounded, summarise, table_of
 from .states import (
     LENSES,
     TARGETS,
@@ -174,12 +174,13 @@ def main(arguments: list[str] | None = None) -> None:
         for name, setting in plan.items():
             if setting.heads is None:
                 run.measure_presses(model, f"kvpress, {name}", setting, report)
-    lines = summarise(run.rows())
+    losses = {name: [round(x, 5) for x in values.tolist()] for name, values in judged(run.rows()).items()}
+    lines = compare(losses)  # of what the file keeps, so that its table can be made again
     table = table_of(lines, run.slots, missing)
     if out is not None:
         whole = describe(options, arguments, len(windows)) | {"table": table}
         whole |= {"lines": [asdict(line) for line in lines], "slots": run.slots, "missing": missing}
-        whole["losses"] = {name: [round(x, 5) for x in values.tolist()] for name, values in judged(run.rows()).items()}
+        whole["losses"] = losses
         out.write_text(json.dumps(whole) + "\n")
         out.with_name(out.name + ".part").unlink(missing_ok=True)
     if options.plot:

@@ -8,7 +8,7 @@ examples/needle.py is a needle: ``length, depth``, and for each way of asking wh
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 JUDGED = slice(32, 64)  # targets that count: the first ones are easy from the tail alone
 BOOTSTRAPS = 10_000
-RIVALS = ("drop", "recency", "gist mass")  # whom the table tests against
+RIVALS = ("drop", "gists", "recency", "gist mass")  # whom the table tests against; gists: means, as before training
 Row = dict[str, list[float]]
 Needle = dict[str, Any]  # a row of examples/needle.py
 
@@ -51,16 +51,16 @@ def judged(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     return {name: np.array([np.mean(row[name][JUDGED]) for row in rows]) for name in rows[0]}
 
 
-def costs(rows: Sequence[Row]) -> dict[str, np.ndarray]:
-    """Of each state and window, mean nats above the whole window on the targets that count: ``[n]``."""
-    found = judged(rows)
-    return {name: values - found["whole"] for name, values in found.items() if name != "whole"}
-
-
 def summarise(rows: Sequence[Row], seed: int = 0) -> list[Comparison]:
     """The table's lines, ratio by ratio."""
-    cost = costs(rows)
-    count = len(rows)
+    return compare(judged(rows), seed)
+
+
+def compare(losses: Mapping[str, Sequence[float] | np.ndarray], seed: int = 0) -> list[Comparison]:
+    """The table's lines from what `judged` gives: of each state, ``[n]``."""
+    whole = np.asarray(losses["whole"])
+    cost = {name: np.asarray(values) - whole for name, values in losses.items() if name != "whole"}
+    count = len(whole)
     draws = np.random.default_rng(seed).integers(0, count, (BOOTSTRAPS, count))
     means = {name: values[draws].mean(1) for name, values in cost.items()}  # [BOOTSTRAPS]
     lines = []
@@ -71,7 +71,7 @@ def summarise(rows: Sequence[Row], seed: int = 0) -> list[Comparison]:
         below, above = np.quantile(np.median(values[draws], 1), (0.025, 0.975))
         recovered = 1 - values.mean() / cost[drop].mean()
         error = values.std(ddof=1) / count**0.5 if count > 1 else float("nan")
-        rivals = {rival: ratio + rival + (expansions if rival != "drop" else "") for rival in RIVALS}
+        rivals = {rival: ratio + rival + (expansions if rival not in ("drop", "gists") else "") for rival in RIVALS}
         p = {
             rival: (1 + int((means[name] >= means[full]).sum())) / (1 + BOOTSTRAPS)
             for rival, full in rivals.items()
@@ -97,8 +97,9 @@ def summarise(rows: Sequence[Row], seed: int = 0) -> list[Comparison]:
 def table_of(lines: Sequence[Comparison], slots: dict[str, int] | None = None, missing: Sequence[str] = ()) -> str:
     """The table as markdown; slots: of each state; missing: lines for what was not run, each "name: reason"."""
     text = [
-        "| state | slots | cost, nats | median (95 %) | recovered R (95 %) | p: not below drop | recency | gist mass |",
-        "|---|---|---|---|---|---|---|---|",
+        "| state | slots | cost, nats | median (95 %) | recovered R (95 %) | p: not below drop | gists | recency "
+        "| gist mass |",
+        "|---" * 9 + "|",
     ]
     for line in lines:
         p = " | ".join("" if rival not in line.p else f"{line.p[rival]:.4f}" for rival in RIVALS)
@@ -109,7 +110,7 @@ def table_of(lines: Sequence[Comparison], slots: dict[str, int] | None = None, m
         text.append(f"| {line.name} | {size} | {cost} | {median} | {share} | {p} |")
     for reason in missing:
         name, _, why = reason.partition(": ")
-        text.append(f"| {name} | | not run: {why} | | | | | |")
+        text.append(f"| {name} | | not run: {why} | | | | | | |")
     return "\n".join(text)
 
 

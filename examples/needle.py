@@ -1,7 +1,7 @@
 """Needles in a long history: is a number found again that the window no longer shows?
 
     python examples/needle.py                                                   # one short history, on a CPU in minutes
-    python examples/needle.py --lengths 8192 32768 131072 --per-cell 50 --window 2048  # in full, for a GPU
+    python examples/needle.py --lengths 8192 32768 131072 --per-cell 50 --window 2048 --workers 8  # in full, for a GPU
 
 Sentences with random numbers for different names are spread over filler text, each name at one of five depths. After
 all of it was read, each number is asked for, starting from the same working context:
@@ -10,7 +10,8 @@ all of it was read, each number is asked for, starting from the same working con
 - random, gist_mass, recall, ...: after ``--rounds`` refocuses by that lens, which sees only the question.
 
 A number counts as found if greedy decoding gives every digit. Prints a table, writes ``--out`` and draws ``--plot``. A
-run that was stopped goes on from OUT.part with the same command.
+run that was stopped goes on from OUT.part with the same command. ``--workers`` reads so many histories side by side, on
+one GPU: what is found is the same.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import json
 import random
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -48,31 +51,70 @@ SPACING = 1600  # tokens of filler for each needle
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    tokenizer, model = load(options)
-    config = MegaContextConfig(w_max=options.window, lens={"kind": "recall"}, max_edits=options.edits)
-    if options.heads:
-        held = heads_config(options.heads)
-        config = replace(config, block_size=held.block_size, gist=held.gist)
-    attach_megacontext(model, config)
-    if options.heads:
-        load_gist(model.megacontext, options.heads)
-    filler = tokenizer("\n\n".join(topics[n] for n in sorted(topics)), return_tensors="pt", verbose=False).input_ids[0]
     found = Found(options, arguments)
-    start = time.perf_counter()
-    for length in options.lengths:
-        seed = 0
-        while (asked := found.count(length)) < DEPTHS * options.per_cell:
-            if not found.has(length, seed):
-                rows = one_history(model, tokenizer, filler, length, seed, options)
-                found.add([{"length": length, "history": seed, **row} for row in rows])
-                print(f"[{time.perf_counter() - start:.0f} s] {length} tokens, {asked + len(rows)} needles", flush=True)
-            seed += 1
-        print(needle_table(found.results, found.ways), flush=True)
+    lengths = sorted(options.lengths, reverse=True)  # so that no worker is left alone with a long one at the end
+    wanted = [(length, seed) for length in lengths for seed in range(histories(length, options.per_cell))]
+    wanted = [history for history in wanted if not found.has(*history)]
+    begun = time.perf_counter()
+    for length, seed, rows in read(wanted, options):
+        found.add([{"length": length, "history": seed, **row} for row in rows])
+        done, whole = found.count(length), histories(length, options.per_cell) * needles(length)
+        print(f"[{time.perf_counter() - begun:.0f} s] {length} tokens: {done} of {whole} needles", flush=True)
     found.finish()
+    print(needle_table(found.results, found.ways), flush=True)
     if options.plot:
         plot_needles(needle_shares(found.results, found.ways), options.plot)
+
+
+def needles(length: int) -> int:
+    """In a history: as many at each depth."""
+    return max(DEPTHS, length // SPACING // DEPTHS * DEPTHS)
+
+
+def histories(length: int, per_cell: int) -> int:
+    """As many as hold ``per_cell`` needles at each depth."""
+    return -(-DEPTHS * per_cell // needles(length))
+
+
+def read(wanted: list[tuple[int, int]], options: argparse.Namespace) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
+    """Length, number and answers of each history, as they come."""
+    if options.workers == 1:
+        start(options)
+        yield from map(read_one, wanted)
+        return
+    with get_context("spawn").Pool(options.workers, start, (options,)) as pool:  # CUDA cannot be used in a fork
+        yield from pool.imap_unordered(read_one, wanted)
+
+
+class Reader:
+    """The model, and what histories are made of."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        self.options = options
+        self.tokenizer, self.model = load(options)
+        config = MegaContextConfig(w_max=options.window, lens={"kind": "recall"}, max_edits=options.edits)
+        if options.heads:
+            held = heads_config(options.heads)
+            config = replace(config, block_size=held.block_size, gist=held.gist)
+        attach_megacontext(self.model, config)
+        if options.heads:
+            load_gist(self.model.megacontext, options.heads)
+        text = "\n\n".join(topics[n] for n in sorted(topics))
+        self.filler = self.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+
+
+reader: Reader  # of this process
+
+
+def start(options: argparse.Namespace) -> None:
+    global reader
+    reader = Reader(options)
+
+
+def read_one(history: tuple[int, int]) -> tuple[int, int, list[dict[str, Any]]]:
+    return *history, one_history(reader.model, reader.tokenizer, reader.filler, *history, reader.options)
 
 
 class Found:
@@ -113,7 +155,11 @@ class Found:
             fresh.replace(self.part)
 
     def finish(self) -> None:
+        """Lengths as they were given, histories in order, whichever was read first."""
+        order = self.about["options"]["lengths"]
+        self.results.sort(key=lambda row: (order.index(row["length"]), row["history"], row["depth"]))
         if self.out is not None:
+            self.add([])  # in that order
             self.part.replace(self.out)
 
 
@@ -131,8 +177,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", help="JSON file for every answer")
     parser.add_argument("--plot", help="picture of the table")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with a model of its own (default 1)")
     options = parser.parse_args(arguments)
-    for name in ("lengths", "per_cell", "window", "rounds", "edits", "digits"):
+    for name in ("lengths", "per_cell", "window", "rounds", "edits", "digits", "workers"):
         if min([given] if isinstance(given := getattr(options, name), int) else given) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {given}")
     return options
@@ -143,21 +190,21 @@ def one_history(
 ) -> list[dict[str, Any]]:
     """Read one history with several needles and ask for each in every way."""
     rng = random.Random(f"{length} {seed}")
-    count = max(DEPTHS, length // SPACING // DEPTHS * DEPTHS)
+    count = needles(length)
     names = make_names(rng, count)
     codes = ["".join(rng.choice("0123456789") for _ in range(options.digits)) for _ in names]
-    needles = [encode(tokenizer, NEEDLE.format(name=n, code=c)) for n, c in zip(names, codes, strict=True)]
-    share = (length - sum(map(len, needles))) // (count + 1)
+    texts = [encode(tokenizer, NEEDLE.format(name=n, code=c)) for n, c in zip(names, codes, strict=True)]
+    share = (length - sum(map(len, texts))) // (count + 1)
     if share < 1:
-        least = sum(map(len, needles)) + count + 1
+        least = sum(map(len, texts)) + count + 1
         raise SystemExit(f"--lengths: expected at least {least} tokens, which hold {count} needles, got {length}")
     parts, places = [], []
     offset = rng.randrange(len(filler))
-    for needle in needles:
+    for text in texts:
         parts.append(filler.roll(-offset)[:share])
         offset += share
         places.append(sum(map(len, parts)))
-        parts.append(needle)
+        parts.append(text)
     parts.append(filler.roll(-offset)[:share])
     session = model.megacontext.session(seed=seed)
     session.ingest(torch.cat(parts), progress=sys.stderr.isatty())

@@ -49,7 +49,7 @@ def test_needles_are_written_with_where_and_how_and_a_stopped_run_goes_on(
     assert not out.exists()
     stop = False
     needle.main(arguments)
-    assert read == [(1000, 0), (1100, 0)], "each history is read once"
+    assert read == [(1100, 0), (1000, 0)], "each history is read once"
     assert [path.name for path in sorted(out.parent.iterdir())] == ["needles.json", "needles.png"]
     text = out.read_text()
     found = json.loads(text)
@@ -65,6 +65,17 @@ def test_needles_are_written_with_where_and_how_and_a_stopped_run_goes_on(
     assert table in sections.needles(found), "docs show it"
 
 
+def test_workers_find_what_one_process_finds(tiny_model: Path, tmp_path: Path) -> None:
+    needle = script("needle")
+    for workers in ("1", "2"):
+        needle.main(needle_arguments(tiny_model, tmp_path / workers, "--per-cell", "2", "--workers", workers))
+    one, two = (json.loads((tmp_path / name / "needles.json").read_text()) for name in ("1", "2"))
+    assert one["results"] == two["results"]
+    assert [(row["length"], row["history"], row["depth"]) for row in two["results"]] == [
+        (length, history, depth) for length in (1000, 1100) for history in (0, 1) for depth in range(5)
+    ]
+
+
 def test_a_history_too_short_for_its_needles_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"--lengths: expected at least \d+ tokens, which hold 5 needles, got 200"):
         script("needle").main([*needle_arguments(tiny_model, tmp_path), "--lengths", "200"])
@@ -75,6 +86,7 @@ def test_a_history_too_short_for_its_needles_is_refused(tiny_model: Path, tmp_pa
     [
         ("needle", ["--lengths", "4096", "0"], "--lengths: expected at least 1, got [4096, 0]"),
         ("needle", ["--per-cell", "0"], "--per-cell: expected at least 1, got 0"),
+        ("needle", ["--workers", "0"], "--workers: expected at least 1, got 0"),
         ("soak", ["--every", "0"], "--every: expected at least 1, got 0"),
         ("soak", ["--tokens", "-5"], "--tokens: expected at least 1, got -5"),
     ],

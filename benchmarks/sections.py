@@ -1,9 +1,10 @@
 """Sections of docs/ made from JSON result files: what stands between <!-- NAME:begin --> and <!-- NAME:end -->.
 
 Quality from results/quality-*.json (`hf-flash-mc evaluate --out`), needles and soak from needles-*.json and
-soak-*.json (examples/needle.py and soak.py), parts from megacontext-*.json (`benchmarks.megacontext`), kills from
-training-kills-*.json (`benchmarks.kills`), memory from activation-memory-*.json (`benchmarks.activation_memory`). A
-picture of the same name, quality-X.png, is shown beneath its table.
+soak-*.json (examples/needle.py and soak.py), positions from positions-*.json (`benchmarks.positions`), parts from
+megacontext-*.json (`benchmarks.megacontext`), kills from training-kills-*.json (`benchmarks.kills`), memory from
+activation-memory-*.json (`benchmarks.activation_memory`). A picture of the same name, quality-X.png, is shown beneath
+its table.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_flash_mc.megacontext.quality import compare, needle_table, table_of
+import numpy as np
+
+from hf_flash_mc.megacontext.quality import BOOTSTRAPS, compare, needle_table, table_of
 
 PAGES = ("megacontext.md", "benchmarks.md")  # of docs/
 SETTLED = 10_000  # tokens of a soak after which memory should not grow
@@ -43,6 +46,20 @@ def needles(found: Found) -> str:
     if options["heads"]:
         head += f", gists of {Path(options['heads']).name}"
     return f"{head}.\n\n{needle_table(found['results'], found['ways'])}"
+
+
+def positions(found: Found) -> str:
+    rows = found["rows"]
+    base = np.array([row["absolute"] for row in rows])
+    draws = np.random.default_rng(0).integers(0, len(base), (BOOTSTRAPS, len(base)))
+    body = []
+    for name in rows[0]:
+        cost = np.array([row[name] for row in rows]) - base
+        low, high = np.quantile(cost[draws].mean(1), (0.025, 0.975))
+        above = "" if name == "absolute" else f"{cost.mean():+.4f} ({low:+.4f} to {high:+.4f})"
+        body.append([name, f"{base.mean() + cost.mean():.4f}", above])
+    head = f"{len(rows)} histories; {found['run']['method']}."
+    return f"{head}\n\n{markdown_table(['positions', 'nats a token', 'above absolute (95 %)'], body)}"
 
 
 def soak(found: Found) -> str:
@@ -105,6 +122,7 @@ def activations(found: Found) -> str:
 KINDS: dict[str, tuple[str, Callable[[Found], str]]] = {
     "quality": ("quality-*.json", quality),
     "needles": ("needles-*.json", needles),
+    "positions": ("positions-*.json", positions),
     "soak": ("soak-*.json", soak),
     "parts": ("megacontext-*.json", parts),
     "activations": ("activation-memory-*.json", activations),

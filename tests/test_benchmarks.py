@@ -368,6 +368,22 @@ def test_chosen_parts_of_megacontext_are_kept_once_they_are_timed(
     assert parts == ["refocus, recall lens", "refocus, random lens"]
 
 
+def test_positions_are_measured_in_the_same_slots(tmp_path: Path, tiny_model: Path) -> None:
+    from benchmarks import positions
+    from hf_flash_mc.megacontext.training import save_tokens
+
+    generator = torch.Generator().manual_seed(0)
+    save_tokens(tmp_path / "a.npy", [torch.randint(256, (1200,), generator=generator)])
+    sizes = ["--context", "440", "--window", "140", "--block", "4", "--ranges", "400", "210", "--windows", "2"]
+    files = ["--model", str(tiny_model), "--tokens", str(tmp_path / "a.npy"), "--out", str(tmp_path / "out.json")]
+    assert positions.main([*sizes, *files, "--device", "cpu"]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [list(row) for row in rows] == [["absolute", "in 400", "in 210"]] * 2
+    assert len({x for row in rows for x in row.values()}) == 6, "each numbering is another one"
+    with pytest.raises(SystemExit):
+        positions.main([*sizes, *files, "--device", "cpu", "--ranges", "150"])
+
+
 def test_memory_of_training_is_counted_on_both_ways_of_attention(tmp_path: Path) -> None:
     from benchmarks import activation_memory
 

@@ -111,6 +111,15 @@ def test_every_kind_has_its_place_in_docs() -> None:
         assert pages.count(f"<!-- {name}:begin -->") == pages.count(f"<!-- {name}:end -->") == 1
 
 
+def test_positions_are_compared_history_by_history(tmp_path: Path) -> None:
+    rows = [{"absolute": x, "in 4096": x + 0.01, "in 2048": x + 0.02} for x in (1.0, 3.0)]
+    write(tmp_path, "positions-a.json", {"run": RUN | {"method": "8000 tokens in 1024 slots"}, "rows": rows})
+    text = sections.filled(page("positions"), tmp_path)
+    assert "2 histories; 8000 tokens in 1024 slots." in text
+    assert "| absolute | 2.0000 |  |" in text
+    assert "| in 2048 | 2.0200 | +0.0200 (+0.0200 to +0.0200) |" in text
+
+
 def test_memory_of_training_compares_the_fuller_parts(tmp_path: Path) -> None:
     write(tmp_path, "activation-memory-a.json", ACTIVATIONS)
     text = sections.filled(page("activations"), tmp_path)

@@ -45,6 +45,9 @@ def flash_attention(
 
     The logits are scale * q.k, soft-capped, plus ALiBi, bias and key_log_weight. The visibility rules (causal, window,
     key_ranges, mask) intersect. A row that sees no key gives out 0 and lse -inf (or its sink), and gradients of 0.
+    A logit of -2.36e38 or less is -inf: the lowest number of float32 or bfloat16 as bias removes a key. (Not so
+    float16's, -65504. On a GPU the gradients of rows whose keys are all at -1e9 or so are wrong, since lse cannot
+    tell how many they are; as in torch's.)
 
     Args:
         q: ``[B, Hq, Sq, D]``, any strides; fp16, bf16 or fp32 (fp64 on the CPU). Under autocast q, k and v are cast.

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .spec import Gradients, Spec, accumulate_dtype, dropout_threshold
+from .spec import REMOVED, Gradients, Spec, accumulate_dtype, dropout_threshold
 
 _INF = float("inf")
 _LOG2E = 1.4426950408889634
 _LOW32 = 0xFFFFFFFF
+_LSE_ERROR = 2.0**-15  # relative error of a weight up to which the backward takes it from lse
 _TILE_ELEMENTS = 1 << 18  # logits of a tile over all its heads: 1 MiB in float32 stays in the cache
 _TILE_ROWS = 128
 _TILE_KEYS = 512
@@ -145,6 +146,17 @@ class Tiles:
         seen = self.seen(b, r, c)
         return (logits if seen is None else logits.masked_fill_(~seen, -_INF)), tanh
 
+    def softmax_step(
+        self, query: Tensor, b: slice, r: slice, c: slice, top: Tensor, total: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weights of one more block of keys, exp(logits - top); the new top and total; the factor for sums so far."""
+        logits, _ = self.logits(query, self.keys(self.k, b, c), b, r, c)
+        higher = torch.maximum(top, logits.amax(-1, keepdim=True))
+        safe = higher.masked_fill(higher <= REMOVED, 0)  # then no key of the row weighs anything
+        p = _exp_(logits.sub_(safe))
+        shrink = torch.exp(top - safe)
+        return p, higher, total * shrink + p.sum(-1, keepdim=True), shrink
+
     def dropout(self, b: slice, r: slice, c: slice) -> Tensor:
         """The factor on each weight, [b, Hkv, G, r, c]: 0, or one over the kept share."""
         batch0, head0, row0, column0 = self.spec.dropout_offsets
@@ -191,19 +203,35 @@ def tiled_forward(tiles: Tiles, out: Tensor, lse: Tensor) -> None:
         top, total = query.new_full((*shape, 1), -_INF), query.new_zeros((*shape, 1))
         acc = query.new_zeros((*shape, out.shape[-1]))
         for c in columns:
-            logits, _ = tiles.logits(query, tiles.keys(tiles.k, b, c), b, r, c)
-            higher = torch.maximum(top, logits.amax(-1, keepdim=True))
-            safe = higher.masked_fill(higher == -_INF, 0)
-            p = _exp_(logits.sub_(safe))
-            shrink = torch.exp(top - safe)
-            total = total * shrink + p.sum(-1, keepdim=True)
+            p, top, total, shrink = tiles.softmax_step(query, b, r, c, top, total)
             if tiles.spec.dropout_p:
                 p *= tiles.dropout(b, r, c)
             update = (p.flatten(2, 3) @ tiles.keys(tiles.v, b, c)).view_as(acc)
-            acc, top = acc.mul_(shrink).add_(update), higher
+            acc = acc.mul_(shrink).add_(update)
         blind = total == 0
         out[b, :, :, r] = acc / total.masked_fill(blind, 1)
         lse[b, :, :, r] = (top + total.log()).masked_fill(blind, -_INF)[..., 0]
+
+
+def _normaliser(
+    tiles: Tiles, query: Tensor, lse: Tensor, b: slice, r: slice, columns: list[slice]
+) -> tuple[Tensor, Tensor | None]:
+    """What makes a block's logits weights: exp(logits - first) * second, or without a second, by lse alone.
+
+    Beside a large logit that all keys share (a row of padding at -1e9) lse has no room for the log of their number:
+    then the sums of the forward are made again.
+    """
+    largest = float(lse.masked_fill(lse.isinf(), 0).abs().amax())
+    if not largest * torch.finfo(lse.dtype).eps > _LSE_ERROR:
+        return lse, None
+    top, sinks = torch.full_like(lse, -_INF), tiles.spec.sinks
+    if sinks is not None:
+        top = tiles.split(sinks.to(tiles.work).reshape(1, -1, 1, 1)).expand_as(lse)
+    total = (top > REMOVED).to(lse.dtype)
+    for c in columns:
+        _, top, total, _ = tiles.softmax_step(query, b, r, c, top, total)
+    blind = total == 0
+    return top.masked_fill(blind, _INF), total.masked_fill_(blind, 1).reciprocal_()
 
 
 def tiled_backward(tiles: Tiles, lse: Tensor, delta: Tensor, sums: Gradients) -> None:
@@ -217,10 +245,13 @@ def tiled_backward(tiles: Tiles, lse: Tensor, delta: Tensor, sums: Gradients) ->
     for b, r, columns in tiles:
         query = tiles.queries(tiles.q, b, r) * tiles.scale
         dout = tiles.queries(tiles.dout, b, r)
+        shift, share = _normaliser(tiles, query, lse[b, :, :, r], b, r, columns)
         for c in columns:
             key, value = tiles.keys(tiles.k, b, c), tiles.keys(tiles.v, b, c)
             logits, tanh = tiles.logits(query, key, b, r, c)
-            p = _exp_(logits.sub_(lse[b, :, :, r]))
+            p = _exp_(logits.sub_(shift))
+            if share is not None:
+                p *= share
             dp = (dout @ value.transpose(-1, -2)).view_as(p)
             dropped = p
             if spec.dropout_p:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 PHILOX_ROUNDS = 7
+REMOVED = -float.fromhex("0x1.62e43p127")  # a logit of this or less is -inf: in base 2 float32 does not hold it
 _LOW32 = 0xFFFFFFFF
 
 
@@ -127,7 +128,7 @@ def reference_attention(
         logits = logits + bias.to(work)
     if key_log_weight is not None:
         logits = logits + torch.where(weight == float("-inf"), torch.zeros_like(weight), weight)
-    logits = torch.where(seen, logits, float("-inf"))
+    logits = torch.where(seen & ~(logits <= REMOVED), logits, float("-inf"))  # NaN stays NaN
 
     columns = logits
     if sinks is not None:

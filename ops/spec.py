@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+REMOVED = -float.fromhex("0x1.62e43p127")  # reference.REMOVED: a logit of this or less is -inf
+
 
 class Spec(NamedTuple):
     """Everything about an attention call except q, k and v (see ``hf_flash_mc.ops.api`` for the meaning of each).

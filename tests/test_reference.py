@@ -8,11 +8,12 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Case, exact_attention, make_inputs
+from helpers import TOLERANCE, Case, exact_attention, make_inputs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_flash_mc.ops import reference
-from hf_flash_mc.ops.reference import dropout_keep, reference_attention, reference_attention_varlen
+from hf_flash_mc.ops import flash_attention, reference
+from hf_flash_mc.ops.reference import REMOVED, dropout_keep, reference_attention, reference_attention_varlen
+from hf_flash_mc.ops.spec import REMOVED as SPEC_REMOVED
 
 DOUBLE = torch.float64
 
@@ -21,16 +22,91 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
 
 
-@pytest.mark.parametrize("bias", [-1e4, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("bias", [-1e4, -1e9, -2e38])
 def test_weights_of_large_logits_sum_to_one(bias: float) -> None:
-    """exp(logits - lse) lost what rounding took from lse: at the lowest bias, of which padding is made, out was the sum
-    of the values and not their mean."""
+    """exp(logits - lse) lost what rounding took from lse: out was the sum of the values and not their mean."""
     q, k, v = (draw(1, 2, 5, 8, seed=i).float() for i in range(3))
     out, lse = reference_attention(q, k, v, bias=torch.full((1, 1, 5, 5), bias))
     with sdpa_kernel(SDPBackend.MATH):
         expected = F.scaled_dot_product_attention(q, k, v, torch.full((5, 5), bias))
     torch.testing.assert_close(out, expected)
     assert bool((lse <= bias + 10).all())
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("by", ["bias", "key_log_weight"])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_lowest_number_removes_a_key(impl: str, by: str, sinks: bool, dtype: torch.dtype, device: str) -> None:
+    """Padding is made of it, as of -inf. In rows of nothing else the CPU gave the mean of the values, with gradients
+    as many times too large as there are keys, and the Triton kernels gave 0."""
+    _runs_here(impl, dtype, device)
+    low = torch.finfo(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32).min
+    q, k, v, dout = (draw(2, 2, n, 16, seed=i) for i, n in enumerate((5, 70, 70, 5)))
+    removed = draw(2, 1, 5, 70, seed=5) > 0.5
+    removed[0, :, 1] = removed[1] = True
+    bias = draw(2, 1, 5, 70, seed=6)
+    if by == "key_log_weight":
+        removed, bias = removed[:, :, -1], bias[:, :, -1]  # all of the second sample's keys
+    sink = {"sinks": draw(2, seed=7)} if sinks else {}
+    found = []
+    for work, fill, on, how in ((torch.float64, -math.inf, "cpu", "reference"), (dtype, low, device, impl)):
+        leaves = [x.to(dtype).to(on, work).requires_grad_() for x in (q, k, v)]
+        added = bias.to(dtype).to(on, work).masked_fill(removed.to(on), fill).requires_grad_()
+        options = {by: added} | {n: x.to(dtype).to(on, work).requires_grad_() for n, x in sink.items()}
+        out, lse = flash_attention(*leaves, **options, return_lse=True, impl=how)
+        leaves += options.values()
+        gradients = torch.autograd.grad((out, lse), leaves, (dout.to(dtype).to(out), torch.ones_like(lse)))
+        found.append([x.detach().cpu().double() for x in (out, lse, *gradients)])
+    for expected, got in zip(*found, strict=True):
+        bound = TOLERANCE[dtype] * expected[expected > -math.inf].abs().max().item()
+        torch.testing.assert_close(got, expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+def test_where_numbers_end_and_removal_begins(impl: str, device: str) -> None:
+    """One number for all back ends: that which the Triton kernels, which compute in base 2, no longer hold."""
+    _runs_here(impl, torch.float32, device)
+    assert REMOVED == SPEC_REMOVED == torch.tensor(REMOVED).item()
+    q, k, v = (torch.zeros(1, 1, n, 16, device=device) for n in (2, 3, 3))
+    bias = torch.tensor([REMOVED * (1 - 1e-6), REMOVED], device=device)[:, None]
+    out, lse = flash_attention(q, k, v + 1, bias=bias, return_lse=True, impl=impl)
+    assert out[0, 0, :, 0].tolist() == [1, 0]
+    assert lse[0, 0].isinf().tolist() == [False, True]
+
+
+@pytest.mark.parametrize(("low", "sinks"), [(-300.0, True), (-1e5, False), (-1e9, False), (-2e38, False)])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_gradients_of_rows_far_below(low: float, sinks: bool, impl: str) -> None:
+    """Beside a logit that all keys share lse has no room for the log of their number, and gradients were as many times
+    too large as there are keys."""
+    found = []
+    for dtype in (DOUBLE, torch.float32):
+        q = torch.zeros(1, 2, 5, 8, dtype=dtype, requires_grad=True)  # else float64 keeps what float32 cannot
+        k, v = (draw(1, 2, 700, 8, seed=i).to(dtype).requires_grad_() for i in (1, 2))
+        bias = torch.zeros(1, 1, 5, 700, dtype=dtype)
+        bias[:, :, 1:3] = low
+        bias[:, :, 2, 600:] += low / 8
+        leaves = [q, k, v, bias.requires_grad_()]
+        options = {}
+        if sinks:
+            leaves.append(torch.tensor([low, 0.5], dtype=dtype, requires_grad=True))
+            options = {"sinks": leaves[-1]}
+        out = flash_attention(*leaves[:3], bias=bias, **options, impl=impl if dtype == torch.float32 else "reference")
+        dout = draw(*out.shape, seed=4).to(dtype)
+        found.append([x.double() for x in (out, *torch.autograd.grad(out, leaves, dout))])
+    for expected, got in zip(*found, strict=True):
+        bound = TOLERANCE[torch.float32] * expected.detach().abs().max().item()
+        torch.testing.assert_close(got, expected, rtol=0, atol=bound)
+
+
+def _runs_here(impl: str, dtype: torch.dtype, device: str) -> None:
+    if impl == "triton":
+        pytest.importorskip("triton")
+        if dtype == torch.float64 or (device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"):
+            pytest.skip("the Triton kernels need a GPU or the interpreter, and take no float64")
+    elif device != "cpu" and impl == "cpu":
+        pytest.skip("for CPU tensors")
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])

@@ -191,6 +191,7 @@ CAUSAL_BY_NAME = frozenset({"Kosmos2ImageToTextProjection"})
 HARMLESS_CLASSES = frozenset(
     {
         "BailingHybridDeltaAttention",  # linear ones get the 2-D padding mask
+        "Glm5NextTextLinearAttention",
         "KimiLinearDeltaAttention",
         "MiniMaxLightningAttention",
         "OlmoHybridLinearAttentionDecoderLayer",

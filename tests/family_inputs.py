@@ -313,4 +313,6 @@ def masks(model: Any, inputs: dict[str, Any]) -> Iterator[tuple[str, dict[str, A
     for name, mask in (("right", right), ("left", left), ("holes", holes), ("whole-row", whole)):
         if name == "left" and type(model).__name__ == "BltModel":
             continue  # its patches pool rows of padding into those that count: stock eager and sdpa differ
+        if name == "holes" and type(model).__name__ in ("Glm5NextTextModel", "Glm5NextModel"):
+            continue  # the same by its pools of keys; test_families.py compares with sdpa
         yield name, {**inputs, "attention_mask": mask}, mask.bool()

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from families import classify
+from families import classify, difference, outputs_and_gradients
 from family_errors import built, errors
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from typer.testing import CliRunner
@@ -24,7 +24,7 @@ SAME = {row.transformers for row in ROWS.values()} == {transformers.__version__}
 SAMPLES = (
     "albert", "aimv2", "bloom", "clip", "deepseek_v2", "deepseek_v32", "dinov2", "electra", "esm", "falcon", "gemma3",
     "glm4v_text", "gpt_neo", "gpt_neox", "lasr_encoder", "m2m_100", "modernbert", "mpt", "parakeet_encoder", "phi",
-    "qwen2_5_vl", "siglip", "t5gemma2", "wav2vec2", "zoedepth",
+    "glm5_next_text", "qwen2_5_vl", "siglip", "t5gemma2", "wav2vec2", "zoedepth",
     "bark", "deberta", "doge", "longformer", "mpnet", "xglm", "bert-generation", "mamba",
     "blt_local_encoder", "gemma4_assistant", "kimi_linear", "lfm3", "muse_glimmer_assistant", "sam3_detr_encoder",
 )  # fmt: skip
@@ -72,6 +72,19 @@ def test_the_command_and_the_page_show_the_table():
     shown = CliRunner().invoke(app, ["models", "deberta"])
     assert "deberta-v2: refused" in shown.stdout
     assert "types whose attention modules all go through the interface" in CliRunner().invoke(app, ["models"]).stdout
+
+
+def test_glm_5_next_over_padding_with_holes_is_stock_sdpa():
+    """Rows of padding see no key, which its code says by the lowest number; in pools of keys they reach rows that
+    count. Stock eager makes means of all values of them, and differs from stock sdpa."""
+    model, runs = built("glm5_next_text", 0)
+    [(path, inputs)] = runs
+    rows = torch.ones(inputs["input_ids"].shape, dtype=torch.bool)
+    rows[0, 1::3] = False
+    inputs = {**inputs, "attention_mask": rows.long()}
+    model.set_attn_implementation("sdpa")
+    expected = outputs_and_gradients(model, path, inputs, rows)
+    assert difference(outputs_and_gradients(patch_model(model), path, inputs, rows), expected) < 1e-5
 
 
 @pytest.mark.parametrize("model_type", ["llama", "bloom"])

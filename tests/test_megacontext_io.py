@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,6 +48,30 @@ def test_addon_comes_back_and_holds_no_base_weights(tmp_path: Path) -> None:
     assert other.megacontext.config == model.megacontext.config
     detach_megacontext(other)
     assert isinstance(MegaContext.from_pretrained(tmp_path, model=other), MegaContext)
+
+
+def test_the_hub_gets_the_addon_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = []
+
+    class Api:
+        def __init__(self, **_: object) -> None: ...
+
+        def create_repo(self, repo_id: str, **_: object) -> object:
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, *, repo_id: str, folder_path: str, **_: object) -> str:
+            uploads.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+            return "where"
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    addon, names = attached().megacontext, [CONFIG_FILE, WEIGHTS]
+    assert addon.push_to_hub("me/a") == "where"
+    assert addon.save_pretrained(tmp_path / "b", push_to_hub=True, repo_id="me/b", private=True) == "where"
+    assert addon.save_pretrained(tmp_path / "c", push_to_hub=True) == "where"
+    assert uploads == [("me/a", names), ("me/b", names), ("c", names)]
+    with pytest.raises(TypeError, match="push_to_hub=True with private"):
+        addon.save_pretrained(tmp_path / "d", private=True)
+    assert not (tmp_path / "d").exists()
 
 
 def test_saving_the_base_model_leaves_the_addon_out(tmp_path: Path) -> None:

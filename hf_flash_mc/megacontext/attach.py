@@ -98,11 +98,21 @@ class MegaContext(nn.Module, ModelHubMixin):
                 patch_model(self.base)
             self.enabled = True
 
-    def save_pretrained(self, save_directory: str | Path, **unused: Any) -> None:
-        """Write the add-on alone into a folder: safetensors and JSON. The mixin's `push_to_hub` calls it."""
+    def save_pretrained(
+        self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **hub_options: Any
+    ) -> Any:
+        """Write the add-on alone into a folder: safetensors and JSON. The mixin's `push_to_hub` calls it.
+
+        push_to_hub: also upload it, as ``repo_id`` (None: the folder's name), with the mixin's ``hub_options``.
+        """
         from .io import save_addon
 
+        # push_to_hub brings config and model_card_kwargs, None where nobody gave them
+        given = [name for name, value in hub_options.items() if value is not None]
+        if given and not push_to_hub:
+            raise TypeError(f"save_pretrained: expected push_to_hub=True with {', '.join(given)}, got False")
         save_addon(self, save_directory)
+        return self.push_to_hub(repo_id or Path(save_directory).name, **hub_options) if push_to_hub else None
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, model: nn.Module, **options: Any) -> MegaContext:  # type: ignore[override]

@@ -1,7 +1,7 @@
 """Activation memory of gist and lens training: our attention, and the same heads on eager attention.
 
 python -m benchmarks.activation_memory --out activation-memory-h100.json      # on a GPU
-python -m benchmarks.activation_memory --shape tiny --context 96 --batch 2 --block 8 --dtype float32   # on a CPU
+python -m benchmarks.activation_memory --shape tiny --context 160 --batch 2 --block 8 --dtype float32   # on a CPU
 
 A step of training over a random frozen model, as examples/train_gist.py and train_lens.py make it, in two parts:
 

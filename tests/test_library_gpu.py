@@ -104,7 +104,7 @@ def test_each_replay_of_a_cuda_graph_drops_other_weights() -> None:
 
 
 def test_reduce_overhead_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_flash_mc.ops.hopper.launch._counters", {})  # the first call of all is within the warm-up
+    monkeypatch.setattr("hf_flash_mc.ops.hopper.programs._counters", {})  # the first call of all is within the warm-up
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return flash_attention(q, k, v, causal=True).float().square()

@@ -228,7 +228,7 @@ def hopper() -> Iterator[None]:
         stack.enter_context(mock.patch.object(launch, "EMULATED", True))
         stack.enter_context(mock.patch.dict(api._AUTO, {"cpu": "auto"}))
         stack.enter_context(mock.patch.dict(checks.LIMITS, {"auto": checks.LIMITS["triton"]}))
-        stack.enter_context(mock.patch.object(backward_launch, "_multiprocessors", return_value=3))
+        stack.enter_context(mock.patch.object(backward_launch, "multiprocessors", return_value=3))
         stack.enter_context(emulated(launch, "attn_fwd_hopper_kernel"))
         stack.enter_context(emulated(backward_launch, "attn_bwd_hopper_kernel"))
         yield

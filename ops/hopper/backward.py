@@ -1,10 +1,11 @@
 """FlashAttention backward (Dao 2023, algorithm 2) for sm_90 in Gluon: one pass over the scores, five products.
 
-A program owns 128 keys of one KV head, 64 for each of two consumer warpgroups, and walks the queries of every query
-head of its group; one producer warp feeds q and dout through the tensor memory accelerator. A warpgroup holds its
-scores transposed, [keys, queries], so that the weights go into dV and the logits' gradients into dK straight from
-registers. dQ needs the keys of both warpgroups: they exchange their halves through shared memory, and each computes
-half of dQ and adds it to float32 memory by one reducing copy.
+A work item is 128 keys of one KV head, 64 for each of two consumer warpgroups, and a walk over the queries of every
+query head of its group. There is one program for each multiprocessor; its producer warp takes items from a counter,
+says in a record in shared memory what they are, and feeds keys, values, q and dout through the tensor memory
+accelerator. A warpgroup holds its scores transposed, [keys, queries], so that the weights go into dV and the logits'
+gradients into dK straight from registers. dQ needs the keys of both warpgroups: they exchange their halves through
+shared memory, and each computes half of dQ and adds it to float32 memory by one reducing copy.
 
 The order of one step keeps the matrix unit busy: dP runs under exp2, dV under the logits' gradients, and the scores of
 the next step under the writing of dQ.
@@ -19,16 +20,18 @@ from .backward_tiles import (
     FREE,
     GIVEN,
     HALF,
+    KEYS_FREE,
     SUB,
     add_rows,
     clean_keys,
     only_seen,
     scores,
     store_rows,
+    store_tiles,
     tile_memory,
 )
 from .backward_wide import consume_wide
-from .common import longest_first
+from .common import longest_first, pack_record, unpack_record
 from .dropout import bits_by_key, drop_by_key
 from .shim import (
     bar_arrive,
@@ -39,7 +42,6 @@ from .shim import (
     mbarrier,
     tma_load,
     tma_reduce_add,
-    tma_store,
     tma_store_wait,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -47,10 +49,28 @@ from .shim import (
 
 
 @gluon.jit
-def _load_rows(desc, clean_desc, at, clean_at, dirty_ptr, barrier, to, F: gl.constexpr):
+def _item(t, tiles, parts, section, SQ, SK, max_q, max_k, HK, cu_q_ptr, cu_k_ptr, F: gl.constexpr):
+    """Work item t: batch, KV head, first key, its part of the queries, where its sequences start, and their lengths."""
+    rest, behind = longest_first(t, tiles * section, section)
+    part = rest % parts
+    batch = rest // parts // HK
+    head_k = rest // parts % HK
+    n0 = (tiles - 1 - behind) * F.BLOCK_N
+    q_start = t * 0
+    k_start = t * 0
+    sq = SQ
+    sk = SK
+    if F.VARLEN:
+        q_start, sq = sequence_bounds(cu_q_ptr, batch, SQ, max_q)
+        k_start, sk = sequence_bounds(cu_k_ptr, batch, SK, max_k)
+    return batch, head_k, n0, part, q_start, k_start, sq, sk
+
+
+@gluon.jit
+def _load_rows(desc, clean_desc, at, clean_at, dirty, barrier, to, F: gl.constexpr):
     """One unit's rows of q or dout, the clean copy where some of them are of no use."""
     if F.SANITIZE:
-        if gl.load(dirty_ptr) != 0:
+        if dirty != 0:
             tma_load(clean_desc, clean_at, barrier, to)
         else:
             tma_load(desc, at, barrier, to)
@@ -59,11 +79,23 @@ def _load_rows(desc, clean_desc, at, clean_at, dirty_ptr, barrier, to, F: gl.con
 
 
 @gluon.jit
-def _producer(F: gl.constexpr, T: gl.constexpr, descs, rows_ptr, dirty_ptr, smem, bars, where):
+def _is_dirty(dirty_ptr, F: gl.constexpr):
+    if F.SANITIZE:
+        return gl.load(dirty_ptr)
+    else:
+        return 0
+
+
+@gluon.jit
+def _produce(F: gl.constexpr, T: gl.constexpr, descs, pointers, strides, smem, barriers, record_s, sizes, window):
+    """The producer warp: takes items, and loads their keys once and the queries of every step as stages come free."""
     q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc = descs
+    rows_ptr, dirty_ptr, plans_ptr, cu_q_ptr, cu_k_ptr, counter_ptr = pointers
+    stride_tb, stride_th = strides
     q_s, k_s, v_s, do_s, rows_s = smem
-    kv_full, q_full, do_full = bars
-    batch, head_k, n0, group, first, tiles, begin, count, units, unit0, q_start, k_start = where
+    kv_full, q_full, do_full, item_full = barriers
+    HQ, GROUP, SQ, SK, tiles, units, parts, section, max_q, max_k, total = sizes
+    window_left, window_right = window
     STAGES: gl.constexpr = T.STAGES
     SUBS: gl.constexpr = T.SUBS
     D: gl.constexpr = F.D
@@ -72,55 +104,99 @@ def _producer(F: gl.constexpr, T: gl.constexpr, descs, rows_ptr, dirty_ptr, smem
     BLOCK_M: gl.constexpr = F.BLOCK_M
     WIDTH: gl.constexpr = SUB * (4 if F.HAS_RANGES else 2)
     lane = gl.arange(0, WIDTH, layout=gl.BlockedLayout([4], [32], [1], [0]))
-    mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-    keys_at = [batch, head_k, n0, 0]
-    if F.VARLEN:
-        keys_at = [batch, head_k, k_start + n0, 0]
-    tma_load(k_desc, keys_at, kv_full, k_s.index(0).reshape((1, 1, ROWS, D)))
-    tma_load(v_desc, keys_at, kv_full, v_s.index(0).reshape((1, 1, ROWS, DV)))
-    for t in range(count):
-        stage = t % STAGES
-        head = head_k * group + (begin + t) // tiles
-        m0 = (first + (begin + t) % tiles) * BLOCK_M
-        unit = unit0 + head * units + m0 // SUB
-        rows = gl.load(rows_ptr + unit * WIDTH + lane)
-        if SUBS == 2:
-            more_rows = gl.load(rows_ptr + (unit + 1) * WIDTH + lane)
-        if t >= STAGES:
-            bar_sync(FREE + stage, 288)
-        do_stage = stage
-        if T.WIDE:
-            do_stage = 0
-        mbarrier.expect(q_full.index(stage), SUBS * q_desc.block_type.nbytes)
-        for j in gl.static_range(SUBS):
-            at = [batch, head, m0 + j * SUB, 0]
-            clean_at = at
+    t = gl.program_id(0)
+    items = t * 0
+    done = t * 0  # steps, over all items
+    while t < total:
+        coming = t * 0 - 1
+        batch, head_k, n0, part, q_start, k_start, sq, sk = _item(
+            t, tiles, parts, section, SQ, SK, max_q, max_k, HQ // GROUP, cu_q_ptr, cu_k_ptr, F
+        )
+        if n0 < sk:
+            start, full_start, full_tiles, _left, masked_tiles = _plan_queries(
+                plans_ptr, batch.to(gl.int64), head_k * GROUP, stride_tb, stride_th, n0, sq, sk, window_left,
+                window_right, F,
+            )  # fmt: skip
+            first = start // BLOCK_M
+            met = full_tiles + masked_tiles
+            begin = met * GROUP * part // parts
+            count = met * GROUP * (part + 1) // parts - begin
+            full_hi = full_start + full_tiles * BLOCK_M
+            unit0 = batch * HQ * units
+            tma_batch = batch
             if F.VARLEN:
-                at = [batch, head, q_start + m0 + j * SUB, 0]
-                clean_at = [batch, head, unit0 * SUB + m0 + j * SUB, 0]
-            q_j = q_s.index(stage * SUBS + j).reshape((1, 1, SUB, D))
-            _load_rows(q_desc, clean_q_desc, at, clean_at, dirty_ptr + unit + j, q_full.index(stage), q_j, F)
-        rows_s.index(stage * SUBS).store(rows)
-        if SUBS == 2:
-            rows_s.index(stage * SUBS + 1).store(more_rows)
-        mbarrier.arrive(q_full.index(stage), count=1)
-        if T.WIDE:  # noqa: SIM102 (a branch at run time inside one at compile time)
-            if t > 0:
-                bar_sync(DO_FREE, 288)
-        mbarrier.expect(do_full.index(do_stage), SUBS * do_desc.block_type.nbytes)
-        for j in gl.static_range(SUBS):
-            at = [batch, head, m0 + j * SUB, 0]
-            clean_at = at
-            if F.VARLEN:
-                at = [batch, head, q_start + m0 + j * SUB, 0]
-                clean_at = [batch, head, unit0 * SUB + m0 + j * SUB, 0]
-            do_j = do_s.index(do_stage * SUBS + j).reshape((1, 1, SUB, DV))
-            _load_rows(do_desc, clean_do_desc, at, clean_at, dirty_ptr + unit + j, do_full.index(do_stage), do_j, F)
-    for stage in range(gl.minimum(count, STAGES)):  # leave no barrier half full
+                unit0 = first_unit(q_start, batch)
+                tma_batch = batch * 0
+            record = (batch, head_k, n0, first, met, begin, count, full_start, full_hi, q_start, k_start, sq, sk)
+            if items > 0:
+                bar_sync(KEYS_FREE, 288)
+            record_s.store(pack_record(record))
+            mbarrier.arrive(item_full, count=1)
+            mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+            tma_load(k_desc, [tma_batch, head_k, k_start + n0, 0], kv_full, k_s.index(0).reshape((1, 1, ROWS, D)))
+            tma_load(v_desc, [tma_batch, head_k, k_start + n0, 0], kv_full, v_s.index(0).reshape((1, 1, ROWS, DV)))
+            for i in range(count):
+                stage = done % STAGES
+                head = head_k * GROUP + (begin + i) // met
+                m0 = (first + (begin + i) % met) * BLOCK_M
+                unit = unit0 + head * units + m0 // SUB
+                # asked for before the wait, which hides that they are far away
+                rows = gl.load(rows_ptr + unit * WIDTH + lane)
+                dirty = _is_dirty(dirty_ptr + unit, F)
+                more_dirty = 0
+                if SUBS == 2:
+                    more_rows = gl.load(rows_ptr + (unit + 1) * WIDTH + lane)
+                    more_dirty = _is_dirty(dirty_ptr + unit + 1, F)
+                if i + 1 == count:  # no sooner: another program may be free before this one
+                    coming = gl.atomic_add(counter_ptr, 1)
+                if done >= STAGES:
+                    bar_sync(FREE + stage, 288)
+                do_stage = stage
+                if T.WIDE:
+                    do_stage = 0
+                mbarrier.expect(q_full.index(stage), SUBS * q_desc.block_type.nbytes)
+                for j in gl.static_range(SUBS):
+                    at = [tma_batch, head, q_start + m0 + j * SUB, 0]
+                    clean_at = at
+                    if F.VARLEN:
+                        clean_at = [tma_batch, head, unit0 * SUB + m0 + j * SUB, 0]
+                    q_j = q_s.index(stage * SUBS + j).reshape((1, 1, SUB, D))
+                    bad = dirty if j == 0 else more_dirty
+                    _load_rows(q_desc, clean_q_desc, at, clean_at, bad, q_full.index(stage), q_j, F)
+                rows_s.index(stage * SUBS).store(rows)
+                if SUBS == 2:
+                    rows_s.index(stage * SUBS + 1).store(more_rows)
+                mbarrier.arrive(q_full.index(stage), count=1)
+                if T.WIDE:  # noqa: SIM102 (a branch at run time inside one at compile time)
+                    if done > 0:
+                        bar_sync(DO_FREE, 288)
+                mbarrier.expect(do_full.index(do_stage), SUBS * do_desc.block_type.nbytes)
+                for j in gl.static_range(SUBS):
+                    at = [tma_batch, head, q_start + m0 + j * SUB, 0]
+                    clean_at = at
+                    if F.VARLEN:
+                        clean_at = [tma_batch, head, unit0 * SUB + m0 + j * SUB, 0]
+                    do_j = do_s.index(do_stage * SUBS + j).reshape((1, 1, SUB, DV))
+                    bad = dirty if j == 0 else more_dirty
+                    _load_rows(do_desc, clean_do_desc, at, clean_at, bad, do_full.index(do_stage), do_j, F)
+                done += 1
+            items += 1
+        if coming < 0:
+            coming = gl.atomic_add(counter_ptr, 1)
+        t = coming + gl.num_programs(0)
+    if items > 0:
+        bar_sync(KEYS_FREE, 288)
+    record_s.store(pack_record((-1,)))
+    mbarrier.arrive(item_full, count=1)
+    for stage in range(gl.minimum(done, STAGES)):  # leave no barrier half full
         bar_sync(FREE + stage, 288)
     if T.WIDE:  # noqa: SIM102
-        if count > 0:
+        if done > 0:
             bar_sync(DO_FREE, 288)
+    # the last program leaves the counters as it found them
+    if gl.atomic_add(counter_ptr + 1, 1) == gl.num_programs(0) - 1:
+        gl.store(counter_ptr, 0)
+        gl.store(counter_ptr + 1, 0)
 
 
 @gluon.jit
@@ -150,13 +226,15 @@ def _add_dq(dq_desc, dq_out, dq, batch, head, m0, CID: gl.constexpr, T: gl.const
 
 
 @gluon.jit
-def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F: gl.constexpr,
-              T: gl.constexpr):  # fmt: skip
+def consume_keys(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F: gl.constexpr,
+                 T: gl.constexpr):  # fmt: skip
+    """A consumer warpgroup's 64 keys of one item, ``items`` items and ``done`` steps after the program's start."""
     dq_desc, dk_desc, dv_desc = descs
     seen_ptr, weight_ptr, slopes_ptr, seed_ptr, dw_ptr, dk_ptr, dv_ptr = pointers
-    q_s, k_s, v_s, do_s, ds_s, dq_s, rows_s = smem
+    q_s, k_s, v_s, do_s, ds_s, _, dq_s, rows_s = smem
     kv_full, q_full, do_full = bars
-    batch, head_k, n0, group, first, tiles, begin, count, full_lo, full_hi, sequence, padded_start = where
+    (items, done, batch, head_k, n0, group, first, met, begin, count, full_lo, full_hi, sequence, k_start,
+     padded_start) = where  # fmt: skip
     (scale, softcap, keep_scale, sq, sk, window_left, window_right, threshold, off_b, off_h, off_m, off_n, dk_stride,
      dv_stride, d, d_v) = numbers  # fmt: skip
     STAGES: gl.constexpr = T.STAGES
@@ -180,31 +258,33 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
     dk = gl.zeros((HALF, D), gl.float32, dk_l)
     dv = gl.zeros((HALF, DV), gl.float32, dv_l)
     dq_out = dq_s.index(CID)
-    mbarrier.wait(kv_full, 0)
+    mbarrier.wait(kv_full, items & 1)
     k_own = k_s.index(0).slice(CID * HALF, HALF, 0)
     v_own = v_s.index(0).slice(CID * HALF, HALF, 0)
-    clean_keys(k_own, v_own, n0 + CID * HALF, seen_ptr, weight_ptr, sq, sk, window_left, False, F)
+    clean_keys(k_own, v_own, n0 + CID * HALF, n0 + ROWS, seen_ptr, weight_ptr, sq, sk, window_left, False, F)
     seed = 0
     if F.HAS_DROPOUT:
         seed = gl.load(seed_ptr)
     dw = gl.zeros((HALF,), gl.float32, gl.SliceLayout(1, st))
     if count > 0:
-        mbarrier.wait(q_full.index(0), 0)
+        mbarrier.wait(q_full.index(done % STAGES), (done // STAGES) & 1)
     if T.K_REGS:
         k_regs = k_own.load(as_s)
-        s_next = scores(k_regs, q_s.index(0), zero_s)
+        s_next = scores(k_regs, q_s.index(done % STAGES * SUBS), zero_s)
     else:
-        s_next = scores(k_own, q_s.index(0), zero_s)
+        s_next = scores(k_own, q_s.index(done % STAGES * SUBS), zero_s)
     s_next = warpgroup_mma_wait(0, deps=(s_next,))
-    for t in range(count):
+    tile = begin % gl.maximum(met, 1)
+    head = head_k * group + begin // gl.maximum(met, 1)
+    for i in range(count):
+        t = done + i
         stage = t % STAGES
         phase = (t // STAGES) & 1
-        head = head_k * group + (begin + t) // tiles
-        m0 = (first + (begin + t) % tiles) * BLOCK_M
+        m0 = (first + tile) * BLOCK_M
         dq_row = m0
         if F.VARLEN:
             dq_row = padded_start + m0
-        z = t >> 30  # 0, but the compiler cannot know: it would keep dozens of shared-memory descriptors in registers
+        z = i >> 30  # 0, but the compiler cannot know: it would keep dozens of shared-memory descriptors in registers
         if T.K_REGS:
             k_op = k_regs
         else:
@@ -265,7 +345,7 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
         if T.AHEAD:
             bar_arrive(GIVEN + t % 2 * 2 + CID, 256)
             dv = warpgroup_mma_wait(1, deps=(dv_t,))  # frees its operand's registers
-            if after < count:
+            if i + 1 < count:
                 mbarrier.wait(q_full.index(after % STAGES), (after // STAGES) & 1)
             s_next = scores(k_op, q_s.index(after % STAGES * SUBS), zero_s)
             bar_sync(GIVEN + t % 2 * 2 + 1 - CID, 256)
@@ -277,13 +357,17 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
             bar_sync(ALL, 256)
             dq_t = _dq_product(ds_s, k_s, t % 2, z, zero_q, CID, T)
             dk, dv = warpgroup_mma_wait(1, deps=(dk_t, dv_t))  # frees their operands' registers
-            if after < count:
+            if i + 1 < count:
                 mbarrier.wait(q_full.index(after % STAGES), (after // STAGES) & 1)
             s_next = scores(k_op, q_s.index(after % STAGES * SUBS), zero_s)
             dq = warpgroup_mma_wait(1, deps=(dq_t,))
             bar_arrive(FREE + stage, 288)
             _add_dq(dq_desc, dq_out, dq, batch, head, dq_row, CID, T)
             s_next = warpgroup_mma_wait(0, deps=(s_next,))
+        tile += 1
+        if tile == met:
+            tile = 0
+            head += 1
     tma_store_wait(0)
     if F.WEIGHT_GRAD:
         if T.SPLIT:
@@ -297,44 +381,101 @@ def _consumer(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr, F:
         bar_sync(ALL, 256)  # nobody reads the keys any more: their memory takes dK and dV
         k_own.store((dk * scale).to(dtype))
         v_own.store((dv * keep_scale).to(dtype))
-        if F.VARLEN:  # a bulk store would not stop at the sequence's end
-            store_rows(dk_ptr, dk_stride, k_own, n0 + CID * HALF, sk, d)
-            store_rows(dv_ptr, dv_stride, v_own, n0 + CID * HALF, sk, d_v)
-        else:
-            fence_async_shared()
-            bar_sync(ALL, 256)
-            if CID == 0:
-                tma_store(dk_desc, [batch, head_k, n0, 0], k_s.index(0).reshape((1, 1, ROWS, D)))
+        fence_async_shared()
+        bar_sync(ALL, 256)
+        k_tile = k_s.index(0)
+        v_tile = v_s.index(0)
+        if F.VARLEN:
+            if n0 + ROWS > sk:  # a bulk copy would not stop at the sequence's end
+                store_rows(dk_ptr, dk_stride, k_own, n0 + CID * HALF, sk, d)
+                store_rows(dv_ptr, dv_stride, v_own, n0 + CID * HALF, sk, d_v)
             else:
-                tma_store(dv_desc, [batch, head_k, n0, 0], v_s.index(0).reshape((1, 1, ROWS, DV)))
-            tma_store_wait(0)
+                store_tiles(dk_desc, dv_desc, [batch, head_k, k_start + n0, 0], k_tile, v_tile, CID)
+        else:
+            store_tiles(dk_desc, dv_desc, [batch, head_k, n0, 0], k_tile, v_tile, CID)
+
+
+@gluon.jit
+def _consume(CID: gl.constexpr, F: gl.constexpr, T: gl.constexpr, descs, pointers, strides, smem, barriers, record_s,
+             sizes, numbers):  # fmt: skip
+    """A consumer warpgroup: its part of every item."""
+    seen_ptr, weight_ptr, slopes_ptr, seed_ptr, dw_ptr, dk_ptr, dv_ptr = pointers
+    stride_sb, stride_sh, stride_wb, stride_wh, stride_ab = strides
+    kv_full, q_full, do_full, item_full = barriers
+    HQ, GROUP, SQ, SK, D_K, D_V = sizes
+    scale, softcap, keep_scale, window_left, window_right, threshold, off_b, off_h, off_m, off_n = numbers
+    HK = HQ // GROUP
+    mbarrier.wait(item_full, 0)
+    record = unpack_record(record_s, 13)
+    items = record[0] * 0
+    done = record[0] * 0
+    while record[0] >= 0:
+        batch, head_k, n0, first, met, begin, count, full_lo, full_hi, q_start, k_start, sq, sk = record
+        if not F.VARLEN:
+            sq = SQ
+            sk = SK
+        b64 = batch.to(gl.int64)
+        tma_batch = batch
+        padded_start = 0
+        if F.VARLEN:
+            tma_batch = batch * 0
+            padded_start = first_unit(q_start, batch) * SUB
+            keys_start = k_start.to(gl.int64)
+            weights_at = keys_start
+            dw_at = head_k.to(gl.int64) * SK + keys_start
+        else:
+            keys_start = b64 * SK
+            weights_at = b64 * stride_wb
+            dw_at = (b64 * HK + head_k) * SK
+        own = (
+            seen_ptr + b64 * stride_sb + (head_k * GROUP).to(gl.int64) * stride_sh,
+            weight_ptr + weights_at + head_k.to(gl.int64) * stride_wh,
+            slopes_ptr + b64 * stride_ab,
+            seed_ptr,
+            dw_ptr + dw_at,
+            dk_ptr + (keys_start * HK + head_k) * D_K,
+            dv_ptr + (keys_start * HK + head_k) * D_V,
+        )
+        where = (items, done, tma_batch, head_k, n0, GROUP, first, met, begin, count, full_lo, full_hi, batch, k_start,
+                 padded_start)  # fmt: skip
+        call = (scale, softcap, keep_scale, sq, sk, window_left, window_right, threshold, off_b, off_h, off_m, off_n,
+                HK * D_K, HK * D_V, D_K, D_V)  # fmt: skip
+        if T.WIDE:
+            consume_wide(descs, own, smem, (kv_full, q_full, do_full), where, call, CID, F, T)
+        else:
+            consume_keys(descs, own, smem, (kv_full, q_full, do_full), where, call, CID, F, T)
+        bar_arrive(KEYS_FREE, 288)
+        items += 1
+        done += count
+        mbarrier.wait(item_full, items & 1)
+        record = unpack_record(record_s, 13)
 
 
 _RUNTIME_INTS = [
     "HQ", "GROUP", "SQ", "SK", "tiles", "units", "window_left", "window_right", "threshold", "off_b", "off_h", "off_m",
     "off_n", "section", "stride_sb", "stride_sh", "stride_tb", "stride_th", "stride_wb", "stride_wh", "stride_ab",
-    "parts", "D_K", "D_V", "max_q", "max_k",
+    "parts", "D_K", "D_V", "max_q", "max_k", "total",
 ]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=_RUNTIME_INTS)
 def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc, dq_desc, dk_desc, dv_desc,
                            rows_ptr, dirty_ptr, seen_ptr, weight_ptr, slopes_ptr, seed_ptr, plans_ptr, dw_ptr,
-                           dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr,
+                           dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr, counter_ptr,
                            stride_sb, stride_sh, stride_tb, stride_th, stride_wb, stride_wh, stride_ab,
                            scale, softcap, keep_scale, HQ, GROUP, SQ, SK, tiles, units, window_left, window_right,
-                           threshold, off_b, off_h, off_m, off_n, parts, section, D_K, D_V, max_q, max_k,
+                           threshold, off_b, off_h, off_m, off_n, parts, section, D_K, D_V, max_q, max_k, total,
                            F: gl.constexpr, T: gl.constexpr):  # fmt: skip
-    """dK, dV of 128 keys and their share of dQ / scale, added into float32. Grid: tiles * parts * HKV * B.
+    """dK, dV of 128 keys and their share of dQ / scale, added into float32. ``total`` = tiles * parts * HKV * B items.
 
-    For ``section`` see ``longest_first``: where causal, the first keys meet the most queries.
+    Any grid up to that. For ``section`` see ``longest_first``: where causal, the first keys meet the most queries.
+    ``counter_ptr`` points at two zeros, and leaves zeros.
 
     ``rows_ptr`` and ``dirty_ptr`` [B, HQ, units] and ``seen_ptr`` come from backward_rows.py. For VARLEN, SQ and SK are
     the packed totals, and rows, clean copies and dQ's sums lie in units of their own (see there).
     """
     D: gl.constexpr = F.D
     DV: gl.constexpr = F.DV
-    BLOCK_M: gl.constexpr = F.BLOCK_M
     BLOCK_N: gl.constexpr = F.BLOCK_N
     SUBS: gl.constexpr = T.SUBS
     STAGES: gl.constexpr = T.STAGES
@@ -342,96 +483,48 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
     dtype: gl.constexpr = q_desc.dtype
     DO_STAGES: gl.constexpr = 1 if T.WIDE else STAGES
     DQ_COLS: gl.constexpr = 64 if T.WIDE else (D if SUBS == 2 else D // 2)
-    pid = gl.program_id(0)
-    HK = HQ // GROUP
-    rest, behind = longest_first(pid, tiles * section, section)
-    tile = tiles - 1 - behind
-    part = rest % parts
-    batch = rest // parts // HK
-    head_k = rest // parts % HK
-    n0 = tile * BLOCK_N
-    sq = SQ
-    sk = SK
-    if F.VARLEN:
-        q_start, sq = sequence_bounds(cu_q_ptr, batch, SQ, max_q)
-        k_start, sk = sequence_bounds(cu_k_ptr, batch, SK, max_k)
-        if n0 >= sk:
-            return
-    start, full_start, full_tiles, _left, masked_tiles = _plan_queries(
-        plans_ptr, batch.to(gl.int64), head_k * GROUP, stride_tb, stride_th, n0, sq, sk, window_left, window_right, F
-    )
-    first = start // BLOCK_M
-    met = full_tiles + masked_tiles
-    begin = met * GROUP * part // parts
-    count = met * GROUP * (part + 1) // parts - begin
-    full_hi = full_start + full_tiles * BLOCK_M
-
     q_s = tile_memory(STAGES * SUBS, SUB, D, dtype)
     k_s = tile_memory(1, BLOCK_N, D, dtype)
     v_s = tile_memory(1, BLOCK_N, DV, dtype)
     do_s = tile_memory(DO_STAGES * SUBS, SUB, DV, dtype)
+    dq_s = tile_memory(2, SUB, DQ_COLS, gl.float32)
+    WIDTH: gl.constexpr = SUB * (4 if F.HAS_RANGES else 2)
+    rows_s = gl.allocate_shared_memory(gl.float32, [STAGES * SUBS, WIDTH], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     if T.WIDE:  # written in parts of 32 columns
         PARTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, 32], dtype)
         ds_s = gl.allocate_shared_memory(dtype, [2, BLOCK_N, SUB], PARTS)
         p_s = gl.allocate_shared_memory(dtype, [2, BLOCK_N, SUB], PARTS)
     else:
         ds_s = tile_memory(2 * SUBS, BLOCK_N, SUB, dtype)
-    dq_s = tile_memory(2, SUB, DQ_COLS, gl.float32)
-    WIDTH: gl.constexpr = SUB * (4 if F.HAS_RANGES else 2)
-    rows_s = gl.allocate_shared_memory(gl.float32, [STAGES * SUBS, WIDTH], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        p_s = ds_s  # stands in: weights stay in registers
+    smem = (q_s, k_s, v_s, do_s, ds_s, p_s, dq_s, rows_s)
+    record_s = gl.allocate_shared_memory(gl.int32, [16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    item_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
+    mbarrier.init(item_full, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=2)
         mbarrier.init(do_full.index(i), count=1)
     fence_async_shared()
-    b64 = batch.to(gl.int64)
-    sequence = batch
-    if F.VARLEN:
-        unit0 = first_unit(q_start, batch)
-        starts = (q_start, k_start)
-        batch = batch * 0
-        keys_start = k_start.to(gl.int64)
-        weights_at = keys_start
-        dw_at = head_k.to(gl.int64) * SK + keys_start
-    else:
-        unit0 = b64 * HQ * units
-        starts = (0, 0)
-        keys_start = b64 * SK
-        weights_at = b64 * stride_wb
-        dw_at = (b64 * HK + head_k) * SK
-    pointers = (
-        seen_ptr + b64 * stride_sb + (head_k * GROUP).to(gl.int64) * stride_sh,
-        weight_ptr + weights_at + head_k.to(gl.int64) * stride_wh,
-        slopes_ptr + b64 * stride_ab,
-        seed_ptr,
-        dw_ptr + dw_at,
-        dk_ptr + (keys_start * HK + head_k) * D_K,
-        dv_ptr + (keys_start * HK + head_k) * D_V,
-    )
-    descs = (dq_desc, dk_desc, dv_desc)
+
     loads = (q_desc, k_desc, v_desc, do_desc, q_desc, do_desc)
     if F.SANITIZE:
         loads = (q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_do_desc)
-    bars = (kv_full, q_full, do_full)
-    where = (batch, head_k, n0, GROUP, first, met, begin, count, full_start, full_hi, sequence, unit0 * SUB)
-    loaded = (loads, rows_ptr, dirty_ptr, (q_s, k_s, v_s, do_s, rows_s), bars,
-              (batch, head_k, n0, GROUP, first, met, begin, count, units, unit0) + starts)  # fmt: skip
-    numbers = (scale, softcap, keep_scale, sq, sk, window_left, window_right, threshold, off_b, off_h, off_m, off_n,
-               HK * D_K, HK * D_V, D_K, D_V)  # fmt: skip
-    if T.WIDE:
-        wide = (q_s, k_s, v_s, do_s, ds_s, p_s, dq_s, rows_s)
-        gl.warp_specialize([
-            (consume_wide, (descs, pointers, wide, bars, where, numbers, 0, F, T)),
-            (consume_wide, (descs, pointers, wide, bars, where, numbers, 1, F, T)),
-            (_producer, (F, T) + loaded),
-        ], [4, 1], [REGS, 24])  # fmt: skip
-    else:
-        smem = (q_s, k_s, v_s, do_s, ds_s, dq_s, rows_s)
-        gl.warp_specialize([
-            (_consumer, (descs, pointers, smem, bars, where, numbers, 0, F, T)),
-            (_consumer, (descs, pointers, smem, bars, where, numbers, 1, F, T)),
-            (_producer, (F, T) + loaded),
-        ], [4, 1], [REGS, 24])  # fmt: skip
+    barriers = (kv_full, q_full, do_full, item_full)
+    produced = (loads, (rows_ptr, dirty_ptr, plans_ptr, cu_q_ptr, cu_k_ptr, counter_ptr), (stride_tb, stride_th),
+                (q_s, k_s, v_s, do_s, rows_s), barriers, record_s,
+                (HQ, GROUP, SQ, SK, tiles, units, parts, section, max_q, max_k, total),
+                (window_left, window_right))  # fmt: skip
+    numbers = (scale, softcap, keep_scale, window_left, window_right, threshold, off_b, off_h, off_m, off_n)
+    consumed = ((dq_desc, dk_desc, dv_desc),
+                (seen_ptr, weight_ptr, slopes_ptr, seed_ptr, dw_ptr, dk_ptr, dv_ptr),
+                (stride_sb, stride_sh, stride_wb, stride_wh, stride_ab), smem, barriers, record_s,
+                (HQ, GROUP, SQ, SK, D_K, D_V), numbers)  # fmt: skip
+    gl.warp_specialize(
+        [(_consume, (0, F, T) + consumed), (_consume, (1, F, T) + consumed), (_produce, (F, T) + produced)],
+        [4, 1],
+        [REGS, 24],
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -24,6 +23,7 @@ from .backward_rows import (
 )
 from .backward_tiles import Schedule
 from .plan import Launch, cap_form, heads_together, padded, strided, tiles, tma_problem
+from .programs import idle_counters, multiprocessors, programs
 from .untimed import taken
 
 HEAD_DIMS = (40, 256)  # below, padding to 64 wastes more than the fused form saves
@@ -125,14 +125,9 @@ def repeated(
     return steps.run(dout, None, q, k, v, out, lse, call.spec, ALL, None)[:3]
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-def _parts(programs: int, walk: int, multiprocessors: int) -> int:
+def _parts(items: int, walk: int, multiprocessors: int) -> int:
     """How many programs share the queries of one key tile: enough to fill the GPU, each with some steps to do."""
-    return max(1, min(multiprocessors // programs, walk // MIN_STEPS))
+    return max(1, min(multiprocessors // items, walk // MIN_STEPS))
 
 
 def shipped_schedule(plan: Plan, named: bool = False) -> Schedule:
@@ -209,15 +204,14 @@ class _Steps:
             tiles(new_bshd(v), f.BLOCK_N, width_v),
         ]
         walk = plan.hq // plan.hkv * -(-plan.max_q // block)  # steps of one key tile
-        self.parts = (
-            _parts(grid, walk, _multiprocessors(q.device)) if schedule.SPLIT is None else 1 + 2 * schedule.SPLIT
-        )
+        self.parts = _parts(grid, walk, multiprocessors(q.device)) if schedule.SPLIT is None else 1 + 2 * schedule.SPLIT
         schedule = schedule._replace(SPLIT=self.parts > 1)
         section = heads_together(f, self.parts * grid // count, count, *TOGETHER)
         numbers = (*seen_strides, *self.key_plans.strides, *plan.other_strides[-3:], *plan.numbers()[-7:], count,
-                   all_units, *plan.tail, self.parts, section, plan.d, plan.dv, plan.max_q, plan.max_k)  # fmt: skip
+                   all_units, *plan.tail, self.parts, section, plan.d, plan.dv, plan.max_q, plan.max_k,
+                   grid * self.parts)  # fmt: skip
         constants = (f._replace(D=width, DV=width_v), schedule)
-        self.main = Launch(attn_bwd_hopper_kernel, grid * self.parts, described, numbers, constants)
+        self.main = Launch(attn_bwd_hopper_kernel, programs(grid * self.parts, q.device), described, numbers, constants)
 
         rows_k = (1 if plan.packed else plan.batch) * plan.hkv * plan.sk
         self.sizes = rows_k * plan.d, rows_k * plan.dv
@@ -252,12 +246,12 @@ class _Steps:
             return None
         if first.runner is None or main.runner is None or last.runner is None:
             first([out, dout, q, lse, None, None, None, rows, None, q, dout, total, None, None])
-            main(tensors, [rows, *(None,) * len(_ABSENT)])
+            main(tensors, [rows, *(None,) * len(_ABSENT), idle_counters(q)])
             last([total, dq])
             return dq, dk, dv
         first.runner(out_at, dout_at, q_at, lse_at, 0, 0, 0, rows_at, 0, q_at, dout_at, total_at, 0, 0,
                      *first.numbers, *first.constants)  # fmt: skip
-        main.runner(tensors, (rows_at, *_ABSENT), at)
+        main.runner(tensors, (rows_at, *_ABSENT, idle_counters(q).data_ptr()), at)
         last.runner(total_at, dq.data_ptr(), *last.numbers, *last.constants)
         return dq, dk, dv
 
@@ -306,7 +300,21 @@ class _Steps:
             sum_k, sum_v = lse.new_zeros(sum(self.sizes)).split(self.sizes)
         self.main(
             [q, k, v, dout, clean_q, clean_dout, total, dk, dv],
-            [rows, dirty, seen, weight, spec.alibi_slopes, spec.dropout_seed, plans, dw, sum_k, sum_v, cu_q, cu_k],
+            [
+                rows,
+                dirty,
+                seen,
+                weight,
+                spec.alibi_slopes,
+                spec.dropout_seed,
+                plans,
+                dw,
+                sum_k,
+                sum_v,
+                cu_q,
+                cu_k,
+                idle_counters(q),
+            ],
         )
         self.round([total, dq, cu_q] if plan.packed else [total, dq])
         if self.parts > 1:

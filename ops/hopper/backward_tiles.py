@@ -3,13 +3,14 @@
 from typing import NamedTuple
 
 from ..portable.common import key_in_use, row_ranges
-from .shim import bar_sync, fence_async_shared, gl, gluon, warpgroup_mma
+from .shim import bar_sync, fence_async_shared, gl, gluon, tma_store, tma_store_wait, warpgroup_mma
 
 SUB = gl.constexpr(64)  # query rows of one matrix product
 HALF = gl.constexpr(64)  # keys of one warpgroup
 # named barriers: stage s of q and dout (of q alone where WIDE) is free, and then dout is; warpgroup c's half of slot s
-# is written; all meet
+# is written; all meet; keys and values are free
 FREE, DO_FREE, GIVEN, ALL = gl.constexpr(4), gl.constexpr(7), gl.constexpr(8), gl.constexpr(12)
+KEYS_FREE = gl.constexpr(13)
 
 
 class Schedule(NamedTuple):
@@ -33,24 +34,32 @@ def zero_rows(tile, keep, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def clean_keys(k, v, start, seen_ptr, weight_ptr, sq, sk, window_left, MEET: gl.constexpr, F: gl.constexpr):
+def clean_keys(k, v, start, stop, seen_ptr, weight_ptr, sq, sk, window_left, MEET: gl.constexpr, F: gl.constexpr):
     """Zeros in a warpgroup's keys and values, from key ``start``, where no row sees them; MEET: both then wait.
 
-    They may hold NaN, and 0 * NaN is NaN; so may a packed neighbour's.
+    They may hold NaN, and 0 * NaN is NaN; so may a packed neighbour's, before the item's last key, ``stop``.
     """
-    if F.HAS_RANGES or F.HAS_WEIGHT or F.VARLEN or (F.SANITIZE and F.HAS_LEFT):
-        CLEAN: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        own = start + gl.arange(0, k.shape[0], layout=gl.SliceLayout(1, CLEAN))
-        use = key_in_use(weight_ptr, own, sk, F)
-        if F.HAS_RANGES:
-            use = use & (gl.load(seen_ptr + own) != 0)
-        elif F.HAS_LEFT:
-            use = use & (own >= sk - sq - window_left)
-        zero_rows(k, use, CLEAN)
-        zero_rows(v, use, CLEAN)
-        fence_async_shared()
-        if MEET:
-            bar_sync(ALL, 256)
+    if F.HAS_RANGES or F.HAS_WEIGHT or (F.SANITIZE and F.HAS_LEFT):
+        _clean_keys(k, v, start, seen_ptr, weight_ptr, sq, sk, window_left, MEET, F)
+    elif F.VARLEN:  # noqa: SIM102 (a branch at run time inside one at compile time)
+        if stop > sk:
+            _clean_keys(k, v, start, seen_ptr, weight_ptr, sq, sk, window_left, MEET, F)
+
+
+@gluon.jit
+def _clean_keys(k, v, start, seen_ptr, weight_ptr, sq, sk, window_left, MEET: gl.constexpr, F: gl.constexpr):
+    CLEAN: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    own = start + gl.arange(0, k.shape[0], layout=gl.SliceLayout(1, CLEAN))
+    use = key_in_use(weight_ptr, own, sk, F)
+    if F.HAS_RANGES:
+        use = use & (gl.load(seen_ptr + own) != 0)
+    elif F.HAS_LEFT:
+        use = use & (own >= sk - sq - window_left)
+    zero_rows(k, use, CLEAN)
+    zero_rows(v, use, CLEAN)
+    fence_async_shared()
+    if MEET:
+        bar_sync(ALL, 256)
 
 
 @gluon.jit
@@ -85,6 +94,16 @@ def add_rows(ptr, stride, tile, row0, rows, columns, LAYOUT: gl.constexpr):
     column = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, LAYOUT))
     at = ptr + row.to(gl.int64)[:, None] * stride + column[None, :]
     gl.atomic_add(at, tile, mask=(row < rows)[:, None] & (column < columns)[None, :], sem="relaxed")
+
+
+@gluon.jit
+def store_tiles(dk_desc, dv_desc, at, dk, dv, CID: gl.constexpr):
+    """The tiles of dK and dV that both warpgroups have staged, each by one of them in one bulk copy."""
+    if CID == 0:
+        tma_store(dk_desc, at, dk.reshape((1, 1, dk.shape[0], dk.shape[1])))
+    else:
+        tma_store(dv_desc, at, dv.reshape((1, 1, dv.shape[0], dv.shape[1])))
+    tma_store_wait(0)
 
 
 @gluon.jit

@@ -5,7 +5,7 @@ and the logits' gradients on through shared memory; then each sums its half of t
 """
 
 from ..portable.common import backward_weights
-from .backward_tiles import ALL, DO_FREE, FREE, SUB, add_rows, clean_keys, only_seen, scores, store_rows
+from .backward_tiles import ALL, DO_FREE, FREE, SUB, add_rows, clean_keys, only_seen, scores, store_rows, store_tiles
 from .dropout import bits_by_key, drop_by_key
 from .shim import (
     bar_arrive,
@@ -15,7 +15,6 @@ from .shim import (
     gluon,
     mbarrier,
     tma_reduce_add,
-    tma_store,
     tma_store_wait,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -47,7 +46,8 @@ def consume_wide(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr,
     seen_ptr, weight_ptr, slopes_ptr, seed_ptr, dw_ptr, dk_ptr, dv_ptr = pointers
     q_s, k_s, v_s, do_s, ds_s, p_s, dq_s, rows_s = smem
     kv_full, q_full, do_full = bars
-    batch, head_k, n0, group, first, tiles, begin, count, full_lo, full_hi, sequence, padded_start = where
+    (items, done, batch, head_k, n0, group, first, met, begin, count, full_lo, full_hi, sequence, k_start,
+     padded_start) = where  # fmt: skip
     (scale, softcap, keep_scale, sq, sk, window_left, window_right, threshold, off_b, off_h, off_m, off_n, dk_stride,
      dv_stride, d, d_v) = numbers  # fmt: skip
     STAGES: gl.constexpr = T.STAGES
@@ -69,27 +69,29 @@ def consume_wide(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr,
     dk = gl.zeros((KEYS, COLS), gl.float32, dk_l)
     dv = gl.zeros((KEYS, COLS_V), gl.float32, dv_l)
     dq_out = dq_s.index(CID)
-    mbarrier.wait(kv_full, 0)
+    mbarrier.wait(kv_full, items & 1)
     OWN: gl.constexpr = KEYS // 2
-    clean_keys(k_s.index(0).slice(CID * OWN, OWN, 0), v_s.index(0).slice(CID * OWN, OWN, 0), n0 + CID * OWN, seen_ptr,
-               weight_ptr, sq, sk, window_left, True, F)  # fmt: skip
+    clean_keys(k_s.index(0).slice(CID * OWN, OWN, 0), v_s.index(0).slice(CID * OWN, OWN, 0), n0 + CID * OWN, n0 + KEYS,
+               seen_ptr, weight_ptr, sq, sk, window_left, True, F)  # fmt: skip
     seed = 0
     if F.HAS_DROPOUT:
         seed = gl.load(seed_ptr)
     dw = gl.zeros((KEYS,), gl.float32, gl.SliceLayout(1, st))
     if count > 0:
-        mbarrier.wait(q_full.index(0), 0)
-    s_next = scores(k_s.index(0), q_s.index(0).slice(CID * QUERIES, QUERIES, 0), zero_s)
+        mbarrier.wait(q_full.index(done % STAGES), (done // STAGES) & 1)
+    s_next = scores(k_s.index(0), q_s.index(done % STAGES).slice(CID * QUERIES, QUERIES, 0), zero_s)
     s_next = warpgroup_mma_wait(0, deps=(s_next,))
-    for t in range(count):
+    tile = begin % gl.maximum(met, 1)
+    head = head_k * group + begin // gl.maximum(met, 1)
+    for i in range(count):
+        t = done + i
         stage = t % STAGES
         slot = t % 2
-        head = head_k * group + (begin + t) // tiles
-        m0 = (first + (begin + t) % tiles) * BLOCK_M
+        m0 = (first + tile) * BLOCK_M
         dq_row = m0
         if F.VARLEN:
             dq_row = padded_start + m0
-        z = t >> 30  # 0, but the compiler cannot know: it would keep dozens of shared-memory descriptors in registers
+        z = i >> 30  # 0, but the compiler cannot know: it would keep dozens of shared-memory descriptors in registers
         k = k_s.index(z)
         q = q_s.index(stage)
         do = do_s.index(z)
@@ -135,7 +137,7 @@ def consume_wide(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr,
         dq = _dq_product(ds_s.index(slot), k, zero_q, CID * COLS)
         if PASSES == 2:
             dq_more = _dq_product(ds_s.index(slot), k, zero_q, CID * COLS + DQ_COLS)
-        if after < count:
+        if i + 1 < count:
             mbarrier.wait(q_full.index(after % STAGES), (after // STAGES) & 1)
         s_next = scores(k, q_s.index(after % STAGES).slice(CID * QUERIES, QUERIES, 0), zero_s)
         dv = warpgroup_mma_wait(PASSES + 2, deps=(dv,))
@@ -148,6 +150,10 @@ def consume_wide(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr,
             dq_more = warpgroup_mma_wait(1, deps=(dq_more,))
             _add_dq(dq_desc, dq_out, dq_more, batch, head, dq_row, CID * COLS + DQ_COLS)
         s_next = warpgroup_mma_wait(0, deps=(s_next,))
+        tile += 1
+        if tile == met:
+            tile = 0
+            head += 1
     tma_store_wait(0)
     if F.WEIGHT_GRAD:  # the other warpgroup has the other queries
         gl.atomic_add(dw_ptr + col, dw, mask=col < sk, sem="relaxed")
@@ -160,14 +166,13 @@ def consume_wide(descs, pointers, smem, bars, where, numbers, CID: gl.constexpr,
         v_own = v_s.index(0).slice(CID * COLS_V, COLS_V, 1)
         k_own.store((dk * scale).to(dtype))
         v_own.store((dv * keep_scale).to(dtype))
-        if F.VARLEN:  # a bulk store would not stop at the sequence's end
-            store_rows(dk_ptr + CID * COLS, dk_stride, k_own, n0, sk, d - CID * COLS)
-            store_rows(dv_ptr + CID * COLS_V, dv_stride, v_own, n0, sk, d_v - CID * COLS_V)
-        else:
-            fence_async_shared()
-            bar_sync(ALL, 256)
-            if CID == 0:
-                tma_store(dk_desc, [batch, head_k, n0, 0], k_s.index(0).reshape((1, 1, KEYS, D)))
+        fence_async_shared()
+        bar_sync(ALL, 256)
+        if F.VARLEN:
+            if n0 + KEYS > sk:  # a bulk copy would not stop at the sequence's end
+                store_rows(dk_ptr + CID * COLS, dk_stride, k_own, n0, sk, d - CID * COLS)
+                store_rows(dv_ptr + CID * COLS_V, dv_stride, v_own, n0, sk, d_v - CID * COLS_V)
             else:
-                tma_store(dv_desc, [batch, head_k, n0, 0], v_s.index(0).reshape((1, 1, KEYS, DV)))
-            tma_store_wait(0)
+                store_tiles(dk_desc, dv_desc, [batch, head_k, k_start + n0, 0], k_s.index(0), v_s.index(0), CID)
+        else:
+            store_tiles(dk_desc, dv_desc, [batch, head_k, n0, 0], k_s.index(0), v_s.index(0), CID)

@@ -542,11 +542,15 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
         for part in gl.static_range(PARTS):
             tma_store_wait(0)  # of what was staged in the same memory before
             o_flat.store(parts[part])
-            if F.VARLEN:  # a bulk store would not stop at the sequence's end
-                _store_rows(o_ptr, o_flat, q_start, row_start + GROUP * 64, part * C.OUT_COLUMNS, sq, head, HQ, F, C)
+            if F.VARLEN:
+                if row0 + 64 > sq:  # a bulk copy would not stop at the sequence's end
+                    _store_rows(o_ptr, o_flat, q_start, row0, part * C.OUT_COLUMNS, sq, head, HQ, F, C)
+                else:
+                    fence_async_shared()
+                    tma_store(o_desc, [0, head, q_start + row0, part * C.OUT_COLUMNS], o)
             else:
                 fence_async_shared()
-                tma_store(o_desc, [batch, head, row_start + GROUP * 64, part * C.OUT_COLUMNS], o)
+                tma_store(o_desc, [batch, head, row0, part * C.OUT_COLUMNS], o)
         s = warpgroup_mma_wait(0, deps=(s,))
     tma_store_wait(0)
     if C.TURNS and GROUP == 0:

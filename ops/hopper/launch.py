@@ -5,10 +5,6 @@ Any backward is exact on the same out and lse, whichever kernels made them: what
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -23,6 +19,7 @@ from ..tuning import architecture
 from . import backward_launch as fused
 from .forward import attn_fwd_hopper_kernel
 from .plan import HopperConfig, Launch, heads_together, strided, tiles, tma_problem, variant
+from .programs import idle_counters, programs
 from .untimed import taken, untimed
 
 MAX_HEAD_DIM = 256
@@ -52,7 +49,6 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | No
         if problem is not None:
             reasons.append(f"{name}: {problem}, which the tensor memory accelerator needs")
     return reasons + strided(spec)
-
 
 
 def reasons_of(plan: Plan, q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None) -> list[str]:
@@ -109,43 +105,9 @@ def _forward_launch(
     numbers = (*plan.ranges_strides, *weight_strides, plan.scale, plan.softcap, plan.keep_scale, plan.hq,
                plan.hq // plan.hkv, plan.sq, plan.sk, plan.max_q, count * section, total, section,
                *plan.tail)  # fmt: skip
-    grid = min(total, multiprocessors(q.device) * config.programs)
+    grid = programs(total, q.device, config.programs)
     registers = None if config.programs == 1 else LAUNCH_REGISTERS // config.programs
     return Launch(attn_fwd_hopper_kernel, grid, described, numbers, (f, cut), registers)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """How many programs run at once: each takes a multiprocessor's shared memory."""
-    return 3 if EMULATED else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-_counters: dict[torch.device, tuple[list[Tensor], Iterator[int]]] = {}
-_COUNTERS = 1024
-
-
-def idle_counters(q: Tensor) -> Tensor:
-    """Two int32 zeros that no running kernel uses; kernels leave them zero.
-
-    In turn from a pool, since kernels of several streams may run at once; a graph that is being captured gets its own,
-    because it may run beside anything.
-    """
-    if q.is_cuda and torch._C._cuda_isCurrentStreamCapturing():
-        return torch.zeros(2, dtype=torch.int32, device=q.device)
-    found = _counters.get(q.device)
-    if found is None:
-        # by a thread of its own: this one's memory may belong to a CUDA graph that is warming up, which wants it back
-        with ThreadPoolExecutor(1) as thread:
-            pool = thread.submit(_counter_pool, q.device).result()
-        found = _counters[q.device] = list(pool.unbind()), itertools.cycle(range(_COUNTERS))
-    return found[0][next(found[1])]
-
-
-def _counter_pool(device: torch.device) -> Tensor:
-    pool = torch.zeros(_COUNTERS, 4, dtype=torch.int32, device=device)  # 16 bytes apart, for aligned pointers
-    if pool.is_cuda:
-        torch.cuda.synchronize(device)  # other streams may be the first to use them
-    return pool
 
 
 def backward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any, NamedTuple, cast
 
@@ -270,15 +271,23 @@ def explain_attention(q: Tensor, k: Tensor, v: Tensor, *, impl: str = "auto", **
     Returns:
         Explanation: ``.impl`` and ``.reasons``; prints as a list.
     """
-    chosen: str = _AUTO.get(q.device.type, "auto") if impl == "auto" else impl
+    function = flash_attention_varlen if "cu_seqlens_q" in options else flash_attention
+    inspect.signature(function).bind(q, k, v, impl=impl, **options)  # raises as the call would
+    kind = q.device.type if isinstance(q, Tensor) else ""
+    chosen: str = _AUTO.get(kind, "auto") if impl == "auto" else impl
     reasons = [f"impl={impl!r} was asked for"] if impl != "auto" else []
-    mask = options.get("mask")
-    if mask is not None and not isinstance(mask, Tensor) and chosen in _DENSE:
+    if _autocast(kind):
+        q, k, v = library.autocast_qkv(kind, q, k, v)
+    try:
+        spec, varlen = _describe(q, k, options, chosen)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        return Explanation(None, [*reasons, str(error)])
+    if chosen in _DENSE and options.get("mask") is not None and spec.mask is None:
         reasons.append("mask: here a BlockMask becomes a dense mask of memory Sq * Sk; key_ranges would cost O(Sq)")
-    if _autocast(q.device.type):
-        q, k, v = library.autocast_qkv(q.device.type, q, k, v)
-    spec, varlen = _describe(q, options, chosen)
-    problems = [text for _, text in checks.find_problems(q, k, v, chosen, spec, varlen)]
+    found = checks.find_problems(q, k, v, chosen, spec, varlen)
+    if varlen is not None and not found and _may_read(varlen.cu_seqlens_q) and _may_read(varlen.cu_seqlens_k):
+        found = checks.cu_seqlens_problems(q, k, varlen)
+    problems = [text for _, text in found]
     if not problems:
         back_end = library.back_end(chosen)
         problems = back_end.unsupported(q, k, v, spec, varlen)
@@ -300,8 +309,9 @@ _WHY = {
 }
 
 
-def _describe(q: Tensor, options: dict[str, Any], impl: str) -> tuple[Spec, Varlen | None]:
-    """The Spec of these keyword arguments; seeds and masks are not made, only stood in for."""
+def _describe(q: Tensor, k: Tensor, options: dict[str, Any], impl: str) -> tuple[Spec, Varlen | None]:
+    """The Spec of these keyword arguments; block masks are not evaluated, only stood in for. Raises as the call does
+    where an argument has no place in a Spec."""
     options = dict(options)
     options.pop("return_lse", None)
     varlen = None
@@ -309,19 +319,21 @@ def _describe(q: Tensor, options: dict[str, Any], impl: str) -> tuple[Spec, Varl
         varlen = Varlen(*(options.pop(name) for name in Varlen._fields))
         varlen = varlen._replace(cu_seqlens_q=_int32(varlen.cu_seqlens_q), cu_seqlens_k=_int32(varlen.cu_seqlens_k))
         ranges = options.get("key_ranges")
-        if ranges is not None and ranges.dim() == 2:
+        if isinstance(ranges, Tensor) and ranges.dim() == 2:
             options["key_ranges"] = ranges[None]
-    options["window_left"], options["window_right"] = _window(options.pop("window", None) or (None, None))
+    window = options.pop("window", None)
+    options["window_left"], options["window_right"] = (-1, -1) if window is None else _window(window)
     options["softcap"] = _softcap(options.get("softcap"))
-    seed = torch.zeros((), dtype=torch.int64, device=q.device) if options.get("dropout_p") else None
-    options["dropout_seed"] = seed
+    seed = options.get("dropout_seed")  # drawn anew only in calls: a description moves no generator
+    options["dropout_seed"] = _seed(0 if seed is None else seed, q) if options.get("dropout_p") else None
     options["bias"] = _four_dims(options.get("bias"))
     mask = options.get("mask")
-    options["mask"] = _four_dims(mask) if isinstance(mask, Tensor) else None
-    if mask is not None and not isinstance(mask, Tensor) and impl not in _DENSE:
+    if mask is not None and not isinstance(mask, Tensor):
         from .block_mask import stand_ins
 
-        options["block_rows"], options["block_columns"], options["block_bits"] = stand_ins(mask, q)
+        mask, blocks = stand_ins(mask, q, k, impl in _DENSE)
+        options["block_rows"], options["block_columns"], options["block_bits"] = blocks
+    options["mask"] = _four_dims(mask)
     return Spec(**options), varlen
 
 

@@ -82,12 +82,16 @@ def read_mask(mask: Any, q: Tensor, k: Tensor, dense: bool) -> tuple[Any, tuple[
     if isinstance(mask, BlockLists):
         _check_lengths(mask.lengths, q, k)
         return (dense_of_lists(mask), absent) if dense else (None, mask[:3])
+    _check_no_function(mask)
+    return mask, absent
+
+
+def _check_no_function(mask: Any) -> None:
     if callable(mask):
         raise NotImplementedError(
             "mask: expected a bool tensor or a flex_attention BlockMask, got a function; give a mask_mod to "
             "create_block_mask, and say a score_mod as bias, alibi_slopes or softcap"
         )
-    return mask, absent
 
 
 def _check_lengths(lengths: Any, q: Tensor, k: Tensor) -> None:
@@ -318,11 +322,20 @@ def dense_of_lists(lists: BlockLists) -> Tensor:
     return blocks[table.long() + 2].transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, :sq, :sk]
 
 
-def stand_ins(mask: Any, q: Tensor) -> tuple[Tensor | None, ...]:
-    """Tensors of the shapes that ``read_mask`` gives, without values: for descriptions of a call."""
+def stand_ins(mask: Any, q: Tensor, k: Tensor, dense: bool) -> tuple[Any, tuple[Tensor | None, ...]]:
+    """What ``read_mask`` gives, raising what it raises, with tensors without values: for descriptions of a call."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    absent = (None, None, None)
+    if not isinstance(mask, (BlockMask, BlockLists)):
+        _check_no_function(mask)
+        return mask, absent
+    _check_lengths(mask.lengths if isinstance(mask, BlockLists) else mask.seq_lengths, q, k)
+    if dense:
+        return None, absent
     if isinstance(mask, BlockLists):
-        return mask[:3]
+        return None, mask[:3]
     counts, (cq, ck) = mask.kv_num_blocks, _spans(mask)
     m, n = -(-mask.seq_lengths[0] // cq), -(-mask.seq_lengths[1] // ck)
     shapes = (*counts.shape[:2], m, n + 1, 2), (*counts.shape[:2], n, m + 1, 2), (0, cq + 1, ck // _WORD)
-    return tuple(torch.empty(shape, dtype=torch.int32, device=q.device) for shape in shapes)
+    return None, tuple(torch.empty(shape, dtype=torch.int32, device=q.device) for shape in shapes)

@@ -272,3 +272,26 @@ def test_explanation_says_what_a_block_mask_costs() -> None:
     explanation = explain_attention(**dense(mask=block_mask))
     assert explanation.impl == "cpu"
     assert any("dense mask of memory Sq * Sk" in reason for reason in explanation.reasons)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [*(dense(**wrong[0]) for wrong in WRONG), *(packed(**wrong[0]) for wrong in WRONG_PACKED), dense(window=())],
+    ids=lambda call: "",
+)
+def test_explanation_of_every_wrong_call(call: dict[str, Any]) -> None:
+    """A function as mask, an empty window or wrong cu_seqlens would run, it said; what is no tensor broke it."""
+    explanation = explain_attention(**call)
+    with pytest.raises((TypeError, ValueError, NotImplementedError)) as error:
+        (flash_attention_varlen if "cu_seqlens_q" in call else flash_attention)(**call)
+    assert explanation.impl is None
+    assert any(reason in str(error.value) for reason in explanation.reasons)
+
+
+def test_explanation_of_arguments_that_are_none() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'casual'"):
+        explain_attention(**dense(casual=True))
+    call = packed()
+    del call["cu_seqlens_k"]
+    with pytest.raises(TypeError, match="missing a required argument: 'cu_seqlens_k'"):
+        explain_attention(**call)

@@ -403,3 +403,17 @@ def test_what_is_lacking_raises() -> None:
         fa2.flash_attn_with_kvcache(q, q, q, rotary_cos=table, rotary_sin=table, cache_seqlens=0)
     with pytest.raises(ValueError, match=r"expected \[at least 3"):
         fa2.flash_attn_with_kvcache(q, q, q, q, q, table[:2], table[:2], cache_seqlens=0)
+
+
+@pytest.mark.parametrize(("lengths", "new"), [(-1, 1), ([0, 3], 1), ([1, -2], 0), (4, 0)])
+def test_lengths_that_do_not_fit_the_cache_leave_it_as_it_was(lengths: int | list[int], new: int) -> None:
+    """A negative one wrote at the cache's other end, one too large ended in an IndexError that names no argument."""
+    q = rows(2, 1, 2, 8)
+    k_cache, v_cache = rows(2, 3, 2, 8, seed=1), rows(2, 3, 2, 8, seed=2)
+    kept = k_cache.clone(), v_cache.clone()
+    given = lengths if isinstance(lengths, int) else torch.tensor(lengths, dtype=torch.int32)
+    appended = (q, q) if new else (None, None)
+    with pytest.raises(ValueError, match=f"cache_seqlens: expected lengths from 0 to {3 - new} in a cache for 3"):
+        fa2.flash_attn_with_kvcache(q, k_cache, v_cache, *appended, cache_seqlens=given)
+    assert torch.equal(k_cache, kept[0])
+    assert torch.equal(v_cache, kept[1])

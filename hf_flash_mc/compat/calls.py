@@ -87,7 +87,7 @@ def with_cache(
 
     q ``[B, Sq, Hq, D]``; caches ``[Bc, Sc, Hkv, D]``, or ``[pages, page size, Hkv, D]`` with ``pages`` int32
     ``[B, most pages]``; k, v ``[B, Sn, Hkv, D]``. ``lengths``: how much of the cache was valid before, int or int32
-    ``[B]``; None is all of it. Waits for no device value.
+    ``[B]``; None is all of it. Waits for no device value: on a GPU lengths are not checked.
     """
     batch, sq = q.shape[:2]
     rows = torch.arange(batch, device=q.device)
@@ -99,6 +99,7 @@ def with_cache(
         raise ValueError("k and v: expected both or neither")
     if pages is not None and batch_index is not None:
         raise ValueError("cache_batch_idx: expected None with a paged cache, whose pages say where a sequence lies")
+    _check_lengths(before, 0 if k is None else k.shape[1], capacity)
     rotary = _rotary(rotary_cos, rotary_sin, k, capacity)
     if k is not None and v is not None:
         if lengths is None:
@@ -147,6 +148,19 @@ def _lengths(given: int | Tensor, batch: int, device: torch.device) -> Tensor:
             f"cache_seqlens: expected an int or integers [{batch}], got {lengths.dtype} {list(lengths.shape)}"
         )
     return lengths.to(torch.int64).expand(batch)
+
+
+def _check_lengths(before: Tensor, new: int, capacity: int) -> None:
+    """On a CPU, where looking at values costs nothing: a negative length would write at the other end of the cache."""
+    if torch.compiler.is_compiling() or type(before) is not Tensor or before.device.type != "cpu" or not len(before):
+        return
+    low, high = (int(x) for x in before.aminmax())
+    if low < 0 or high + new > capacity:
+        behind = f", with {new} new tokens behind them" if new else ""
+        raise ValueError(
+            f"cache_seqlens: expected lengths from 0 to {capacity - new} in a cache for {capacity} tokens{behind}, got "
+            f"{low} to {high}; make the cache longer"
+        )
 
 
 def _visible(

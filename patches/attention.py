@@ -19,10 +19,12 @@ from .paged import is_paged, paged_attention
 
 KEY = "mc_attention"  # "flash", "sdpa", "flex" or "/" in the key would change how transformers treats it
 
-# Tensors that reach every attention function through **kwargs and say nothing that the mask does not say already.
+# What reaches attention functions through **kwargs and says nothing that the mask does not say already. The last three
+# come from MusicGen's generate: sound that is encoded by then, with its padding, and the scale of the logits' mixture.
 IGNORED_KWARGS = frozenset({
     "position_ids", "cache_position", "num_items_in_batch", "seq_idx", "position_embeddings", "input_ids", "labels",
-    "encoder_hidden_states", "token_type_ids", "mm_token_type_ids", "logits_to_keep", "shift_labels",
+    "encoder_hidden_states", "token_type_ids", "mm_token_type_ids", "logits_to_keep", "shift_labels", "input_values",
+    "padding_mask", "guidance_scale",
 })  # fmt: skip
 
 

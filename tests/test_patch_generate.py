@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from family_errors import built
 from patch_models import ADAPTED, ENCODER_DECODER, SMALL, build, causal_model, tokens, twin
 
 from hf_flash_mc.patches import patch_model, patch_report
@@ -51,6 +52,19 @@ def test_greedy_with_left_padding(family, cache):
 @pytest.mark.parametrize("family", [*ADAPTED, "qwen2", "gemma4", "cohere2", "deepseek_v3", "gpt_neox", "opt"])
 def test_greedy_of_more_families(family):
     compare(family, *left_padded())
+
+
+def test_musicgen_with_guidance_and_a_prompt():
+    """What it was asked to generate goes through to its attention as keyword arguments."""
+    try:
+        model, _ = built("musicgen", 0)
+    except RuntimeError as error:  # transformers 5.17 takes no small config of it
+        pytest.skip(str(error))
+    ours, ids = patch_model(twin(model)), tokens(2, 7)
+    prompt = {"input_values": torch.randn(2, 1, 4000), "padding_mask": torch.ones(2, 4000, dtype=torch.long)}
+    for how in ({"guidance_scale": 3.0}, prompt):
+        expected = model.generate(ids, max_new_tokens=6, do_sample=False, **how)
+        torch.testing.assert_close(ours.generate(ids, max_new_tokens=6, do_sample=False, **how), expected)
 
 
 def test_bidirectional_decoder():

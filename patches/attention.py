@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from hf_flash_mc.ops import flash_attention
 
 from .context_parallel import ContextParallel, spread_attention
-from .masks import document_bounds, key_range_mask, split_mask
+from .masks import check_length, document_bounds, key_range_mask, split_mask
 from .paged import is_paged, paged_attention
 
 KEY = "mc_attention"  # "flash", "sdpa", "flex" or "/" in the key would change how transformers treats it
@@ -225,6 +225,8 @@ def _read_mask(mask: Any, q_length: int, kv_length: int, causal: bool, sliding_w
             f"attention_mask: expected 4 dimensions [B, H, Q, K], got {list(mask.shape)}; 2-D padding goes to the model"
         )
     if mask.dtype == torch.int32:
+        if not torch.compiler.is_compiling():
+            check_length(mask, kv_length)
         ranges, weight = split_mask(mask, q_length, kv_length)
         return {"key_ranges": ranges, "key_log_weight": weight}
     if mask.dtype == torch.bool:

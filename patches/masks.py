@@ -251,6 +251,13 @@ def _local_padding(attention_mask: Tensor, kv_length: int, kv_offset) -> Tensor:
     return keep.to(torch.bool)
 
 
+def _hides_nothing(attention_mask: Tensor | None, kv_length: int) -> bool:
+    """Whether a padding mask is all ones, where looking is free: in eager, on the CPU."""
+    if attention_mask is None or attention_mask.device.type != "cpu" or is_tracing(attention_mask):
+        return False
+    return attention_mask.shape[1] == kv_length and bool(attention_mask.all())
+
+
 def key_range_mask(
     batch_size: int,
     q_length: int,
@@ -292,6 +299,8 @@ def key_range_mask(
         return torch.where(dense(), 0.0, torch.finfo(dtype).min).to(dtype)
     if wants_dense_masks(config) or (attention_mask is not None and attention_mask.ndim != 2):
         return dense()
+    if mask_function is hf.bidirectional_mask_function and _hides_nothing(attention_mask, kv_length):
+        attention_mask = None  # to stock, too, it is then no mask, and may be of any length
     pattern = None if use_vmap else read_pattern(mask_function)
     one_row = q_length == 1 and not torch.compiler.is_compiling()
     if pattern is not None and one_row and attention_mask is None:
@@ -320,6 +329,8 @@ def key_range_mask(
         return dense()
     if os.environ.get("HF_FLASH_MC_CHECKS") == "1" and not torch.compiler.is_compiling():
         _check_against_dense(result, dense(), kv_length)
+    if keep is not None and not torch.compiler.is_compiling():
+        result.made_for = kv_length  # type: ignore[attr-defined]  # ranges do not tell, see check_length
     return result
 
 
@@ -372,6 +383,15 @@ def _apply_padding(batch: int, lo: Tensor, hi: Tensor, keep: Tensor, config: Any
             return None
     bits = torch.where(keep, 0, _INF_BITS).to(torch.int32)[:, None, :, None].expand(-1, 1, -1, 4)
     return torch.cat((bits, torch.nn.functional.pad(ranges, (0, 2))), 2)
+
+
+def check_length(mask: Tensor, kv_length: int) -> None:
+    """Raise ValueError where stock would add a mask of another length to its scores (eager only)."""
+    made_for = getattr(mask, "made_for", kv_length)
+    if made_for != kv_length:
+        raise ValueError(
+            f"attention_mask: expected one for the {kv_length} keys of this attention, got one for {made_for}"
+        )
 
 
 def split_mask(mask: Tensor, q_length: int, kv_length: int) -> tuple[Tensor, Tensor | None]:

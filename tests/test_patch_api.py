@@ -323,6 +323,15 @@ def test_unknown_tensor_arguments_raise():
     model(tokens(), num_items_in_batch=torch.tensor(3), some_flag=True)
 
 
+def test_masks_of_the_wrong_length_raise_as_in_stock():
+    bert = patch_model(build(transformers.BertForMaskedLM, transformers.BertConfig(**SMALL)))
+    for mask in (torch.nn.functional.pad(padding("left"), (0, 4)), padding("right")[:, :-2]):
+        with pytest.raises(ValueError, match=f"for the 21 keys of this attention, got one for {mask.shape[1]}"):
+            run(bert, mask)
+    longer = torch.ones(len(tokens()), 30, dtype=torch.long)  # hides nothing: no mask
+    assert torch.equal(run(bert, longer), run(bert))
+
+
 def test_the_function_has_the_names_that_callers_pass():
     assert list(inspect.signature(attention.mc_attention).parameters)[:5] == [
         "module",

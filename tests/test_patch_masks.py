@@ -125,8 +125,7 @@ def test_ranges_equal_the_dense_mask(name, kind, monkeypatch):
                 assert torch.equal(masks.to_dense(got, q, kv_length), expected), (trial, tracing)
                 ranges, _ = masks.split_mask(got, q, kv_length)
                 assert ranges.min() >= 0
-                unbounded = (name, kind) == ("bidirectional", "none")  # whatever number of keys comes
-                assert ranges.max() <= (masks.ALL_KEYS if unbounded else kv_length)
+                assert ranges.max() <= (masks.ALL_KEYS if name == "bidirectional" else kv_length)
 
 
 def test_the_probe_agrees_with_the_closed_forms(monkeypatch):

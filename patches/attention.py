@@ -82,6 +82,8 @@ def mc_attention(
     NotImplementedError, or with fallback="sdpa" runs transformers' own sdpa function and is counted.
     """
     refuse_weights(output_attentions)
+    if torch.jit.is_tracing():
+        raise NotImplementedError("torch.jit.trace: it would keep this call's mask for all; use torch.export")
     record: ModuleRecord | None = getattr(module, "_mc_record", None)
     options = _DEFAULT if record is None else record.options
     if record is not None:

@@ -332,6 +332,12 @@ def test_masks_of_the_wrong_length_raise_as_in_stock():
     assert torch.equal(run(bert, longer), run(bert))
 
 
+def test_tracing_raises():
+    model = patch_model(causal_model("llama")).requires_grad_(False)
+    with pytest.raises(NotImplementedError, match="it would keep this call's mask"):
+        torch.jit.trace(lambda ids: model(ids, use_cache=False).logits, tokens(), check_trace=False)
+
+
 def test_the_function_has_the_names_that_callers_pass():
     assert list(inspect.signature(attention.mc_attention).parameters)[:5] == [
         "module",

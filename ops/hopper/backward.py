@@ -31,7 +31,7 @@ from .backward_tiles import (
     tile_memory,
 )
 from .backward_wide import consume_wide
-from .common import longest_first, pack_record, unpack_record
+from .common import leave_counters, longest_first, pack_record, unpack_record
 from .dropout import bits_by_key, drop_by_key
 from .shim import (
     bar_arrive,
@@ -67,15 +67,20 @@ def _item(t, tiles, parts, section, SQ, SK, max_q, max_k, HK, cu_q_ptr, cu_k_ptr
 
 
 @gluon.jit
-def _load_rows(desc, clean_desc, at, clean_at, dirty, barrier, to, F: gl.constexpr):
-    """One unit's rows of q or dout, the clean copy where some of them are of no use."""
-    if F.SANITIZE:
-        if dirty != 0:
-            tma_load(clean_desc, clean_at, barrier, to)
+def _load_step(desc, clean_desc, where, clean_row, dirty, barrier, memory, stage, SUBS: gl.constexpr, F: gl.constexpr):
+    """A step's rows of q or dout, unit by unit; the clean copy of a unit where some of them are of no use."""
+    batch, head, row = where
+    for j in gl.static_range(SUBS):
+        at = [batch, head, row + j * SUB, 0]
+        clean_at = [batch, head, clean_row + j * SUB, 0]
+        to = memory.index(stage * SUBS + j).reshape((1, 1, SUB, memory.shape[2]))
+        if F.SANITIZE:
+            if dirty[j] != 0:
+                tma_load(clean_desc, clean_at, barrier, to)
+            else:
+                tma_load(desc, at, barrier, to)
         else:
             tma_load(desc, at, barrier, to)
-    else:
-        tma_load(desc, at, barrier, to)
 
 
 @gluon.jit
@@ -155,14 +160,13 @@ def _produce(F: gl.constexpr, T: gl.constexpr, descs, pointers, strides, smem, b
                 if T.WIDE:
                     do_stage = 0
                 mbarrier.expect(q_full.index(stage), SUBS * q_desc.block_type.nbytes)
-                for j in gl.static_range(SUBS):
-                    at = [tma_batch, head, q_start + m0 + j * SUB, 0]
-                    clean_at = at
-                    if F.VARLEN:
-                        clean_at = [tma_batch, head, unit0 * SUB + m0 + j * SUB, 0]
-                    q_j = q_s.index(stage * SUBS + j).reshape((1, 1, SUB, D))
-                    bad = dirty if j == 0 else more_dirty
-                    _load_rows(q_desc, clean_q_desc, at, clean_at, bad, q_full.index(stage), q_j, F)
+                where = (tma_batch, head, q_start + m0)
+                clean_row = m0
+                if F.VARLEN:
+                    clean_row = unit0 * SUB + m0
+                dirty_units = (dirty, more_dirty)
+                barrier = q_full.index(stage)
+                _load_step(q_desc, clean_q_desc, where, clean_row, dirty_units, barrier, q_s, stage, SUBS, F)
                 rows_s.index(stage * SUBS).store(rows)
                 if SUBS == 2:
                     rows_s.index(stage * SUBS + 1).store(more_rows)
@@ -171,14 +175,8 @@ def _produce(F: gl.constexpr, T: gl.constexpr, descs, pointers, strides, smem, b
                     if done > 0:
                         bar_sync(DO_FREE, 288)
                 mbarrier.expect(do_full.index(do_stage), SUBS * do_desc.block_type.nbytes)
-                for j in gl.static_range(SUBS):
-                    at = [tma_batch, head, q_start + m0 + j * SUB, 0]
-                    clean_at = at
-                    if F.VARLEN:
-                        clean_at = [tma_batch, head, unit0 * SUB + m0 + j * SUB, 0]
-                    do_j = do_s.index(do_stage * SUBS + j).reshape((1, 1, SUB, DV))
-                    bad = dirty if j == 0 else more_dirty
-                    _load_rows(do_desc, clean_do_desc, at, clean_at, bad, do_full.index(do_stage), do_j, F)
+                barrier = do_full.index(do_stage)
+                _load_step(do_desc, clean_do_desc, where, clean_row, dirty_units, barrier, do_s, do_stage, SUBS, F)
                 done += 1
             items += 1
         if coming < 0:
@@ -193,10 +191,7 @@ def _produce(F: gl.constexpr, T: gl.constexpr, descs, pointers, strides, smem, b
     if T.WIDE:  # noqa: SIM102
         if done > 0:
             bar_sync(DO_FREE, 288)
-    # the last program leaves the counters as it found them
-    if gl.atomic_add(counter_ptr + 1, 1) == gl.num_programs(0) - 1:
-        gl.store(counter_ptr, 0)
-        gl.store(counter_ptr + 1, 0)
+    leave_counters(counter_ptr)
 
 
 @gluon.jit

@@ -23,6 +23,7 @@ from .common import (
     exponentials,
     halves,
     hide,
+    leave_counters,
     longest_first,
     new_maximum,
     pack_record,
@@ -186,10 +187,7 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, weights_s, barrier
     for stage in range(gl.minimum(count, STAGES)):
         bar_sync(K_FREE + stage, GROUPS * 128 + 32)
         bar_sync(V_FREE + stage, GROUPS * 128 + 32)
-    # the last program leaves the counters as it found them
-    if gl.atomic_add(counter_ptr + 1, 1) == gl.num_programs(0) - 1:
-        gl.store(counter_ptr, 0)
-        gl.store(counter_ptr + 1, 0)
+    leave_counters(counter_ptr)
 
 
 @gluon.jit

@@ -121,7 +121,7 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, weights_s, barrier
     count = t * 0
     values = t * 0
     while t < total:
-        coming = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
+        coming = t * 0 - 1
         batch, head, row_start, q_start, k_start, sq, sk = _item(
             t, HQ, SQ, SK, max_q, work, section, cu_q_ptr, cu_k_ptr, F
         )
@@ -159,6 +159,8 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, weights_s, barrier
                 if i < masked + full_tiles:
                     stage = count % STAGES
                     n0 = k_start + tile_start(i, plan, BLOCK_N)
+                    if i + 1 == masked + full_tiles:  # no sooner: another program may be free before this one
+                        coming = gl.atomic_add(counter_ptr, 1)
                     if C.STAGED:
                         weight = _lane_weights(weights, n0 - k_start, sk, F)
                     if count >= STAGES:
@@ -178,7 +180,9 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, weights_s, barrier
                     tma_load(v_desc, [tma_batch, head_k, n0, 0], v_full.index(stage), v_s.index(stage))
                     values += 1
             items += 1
-        t = coming
+        if coming < 0:
+            coming = gl.atomic_add(counter_ptr, 1)
+        t = coming + gl.num_programs(0)
     mbarrier.wait(item_empty, (items & 1) ^ 1)
     record_s.store(pack_record((-1,)))
     mbarrier.arrive(item_full, count=1)

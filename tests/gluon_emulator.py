@@ -217,10 +217,12 @@ class Cta:
             if op == "sync":
                 self.wait_until(lambda: state[1] != generation, f"named barrier {name}")
 
-    def finish(self) -> None:
+    def finish_loads(self) -> None:
         for barrier in self.barriers:
             if barrier.bytes:
                 raise EmulatorError("a program ended while a bulk load was on its way")
+
+    def finish_products(self) -> None:
         if getattr(self.local, "products", None):
             raise EmulatorError("a program ended without waiting for its matrix products")
 
@@ -351,7 +353,8 @@ class Emulator:
                 for x in range(self.grid[0]):
                     self.cta = Cta(self, (x, y, z))
                     function(**values)
-                    self.cta.finish()
+                    self.cta.finish_loads()
+                    self.cta.finish_products()
         memory.flush()
 
     def _function(self, jitted: Any) -> types.FunctionType:
@@ -383,7 +386,7 @@ class Emulator:
                 function(*args)
                 if getattr(cta.local, "stores", None):
                     raise EmulatorError("a partition ended without waiting for its bulk stores")
-                cta.finish()
+                cta.finish_products()
             except BaseException as error:
                 with cta.changed:
                     if cta.failure is None:

@@ -21,6 +21,7 @@ from gluon_emulator import emulated
 from helpers import Case, check_bound, exact_attention, make_inputs, naive_attention, poisoned_empty
 
 from hf_flash_mc.ops.hopper import backward, backward_launch, backward_wide
+from hf_flash_mc.ops.hopper import plan as hopper_plan
 from hf_flash_mc.ops.hopper.backward_tiles import Schedule
 from hf_flash_mc.ops.portable import launch as portable
 from hf_flash_mc.ops.portable import plan
@@ -113,8 +114,16 @@ def test_schedules(schedule: Schedule) -> None:
 
 def test_key_tiles_of_several_heads_together() -> None:
     """Four heads in two sections."""
-    with mock.patch.object(backward_launch, "heads_together", return_value=2):
+    with mock.patch.object(hopper_plan, "heads_together", return_value=2):
         run_backward(Case(**{**BF16, "Hq": 4, "Hkv": 4}, Sq=300, Sk=300, causal=True))
+
+
+@pytest.mark.parametrize("schedule", [None, Schedule(SPLIT=True)])
+def test_packed_tiles_behind_each_other(schedule: Schedule | None) -> None:
+    """One long sequence among short and empty ones: see packed_tile."""
+    lengths = ((290, 300), *((n + 2, n) for n in range(1, 13)), (3, 0), (0, 4), (0, 0), (1, 130))
+    case = Case(**{**BF16, "Hq": 4, "Hkv": 2}, varlen=lengths, causal=schedule is None, poison=True)
+    run_backward(case, schedule, seed=1)
 
 
 def test_packed_sequences_whose_key_tiles_are_shared() -> None:

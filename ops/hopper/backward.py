@@ -31,7 +31,7 @@ from .backward_tiles import (
     tile_memory,
 )
 from .backward_wide import consume_wide
-from .common import leave_counters, longest_first, pack_record, unpack_record
+from .common import leave_counters, longest_first, pack_record, packed_tile, unpack_record
 from .dropout import bits_by_key, drop_by_key
 from .shim import (
     bar_arrive,
@@ -49,18 +49,22 @@ from .shim import (
 
 
 @gluon.jit
-def _item(t, tiles, parts, section, SQ, SK, max_q, max_k, HK, cu_q_ptr, cu_k_ptr, F: gl.constexpr):
+def _item(t, tiles, parts, section, SQ, SK, max_q, max_k, sequences, HK, cu_q_ptr, cu_k_ptr, F: gl.constexpr,
+          BEHIND: gl.constexpr):  # fmt: skip
     """Work item t: batch, KV head, first key, its part of the queries, where its sequences start, and their lengths."""
     rest, behind = longest_first(t, tiles * section, section)
     part = rest % parts
     batch = rest // parts // HK
     head_k = rest // parts % HK
-    n0 = (tiles - 1 - behind) * F.BLOCK_N
+    tile = tiles - 1 - behind
+    n0 = tile * F.BLOCK_N
     q_start = t * 0
     k_start = t * 0
     sq = SQ
     sk = SK
     if F.VARLEN:
+        if BEHIND:
+            batch, n0 = packed_tile(tile, cu_k_ptr, sequences, SK, F.BLOCK_N)
         q_start, sq = sequence_bounds(cu_q_ptr, batch, SQ, max_q)
         k_start, sk = sequence_bounds(cu_k_ptr, batch, SK, max_k)
     return batch, head_k, n0, part, q_start, k_start, sq, sk
@@ -99,7 +103,7 @@ def _produce(F: gl.constexpr, T: gl.constexpr, descs, pointers, strides, smem, b
     stride_tb, stride_th = strides
     q_s, k_s, v_s, do_s, rows_s = smem
     kv_full, q_full, do_full, item_full = barriers
-    HQ, GROUP, SQ, SK, tiles, units, parts, section, max_q, max_k, total = sizes
+    HQ, GROUP, SQ, SK, tiles, units, parts, section, max_q, max_k, sequences, total = sizes
     window_left, window_right = window
     STAGES: gl.constexpr = T.STAGES
     SUBS: gl.constexpr = T.SUBS
@@ -115,7 +119,7 @@ def _produce(F: gl.constexpr, T: gl.constexpr, descs, pointers, strides, smem, b
     while t < total:
         coming = t * 0 - 1
         batch, head_k, n0, part, q_start, k_start, sq, sk = _item(
-            t, tiles, parts, section, SQ, SK, max_q, max_k, HQ // GROUP, cu_q_ptr, cu_k_ptr, F
+            t, tiles, parts, section, SQ, SK, max_q, max_k, sequences, HQ // GROUP, cu_q_ptr, cu_k_ptr, F, T.BEHIND
         )
         if n0 < sk:
             start, full_start, full_tiles, _left, masked_tiles = _plan_queries(
@@ -449,7 +453,7 @@ def _consume(CID: gl.constexpr, F: gl.constexpr, T: gl.constexpr, descs, pointer
 _RUNTIME_INTS = [
     "HQ", "GROUP", "SQ", "SK", "tiles", "units", "window_left", "window_right", "threshold", "off_b", "off_h", "off_m",
     "off_n", "section", "stride_sb", "stride_sh", "stride_tb", "stride_th", "stride_wb", "stride_wh", "stride_ab",
-    "parts", "D_K", "D_V", "max_q", "max_k", "total",
+    "parts", "D_K", "D_V", "max_q", "max_k", "sequences", "total",
 ]  # fmt: skip
 
 
@@ -459,15 +463,16 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
                            dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr, counter_ptr,
                            stride_sb, stride_sh, stride_tb, stride_th, stride_wb, stride_wh, stride_ab,
                            scale, softcap, keep_scale, HQ, GROUP, SQ, SK, tiles, units, window_left, window_right,
-                           threshold, off_b, off_h, off_m, off_n, parts, section, D_K, D_V, max_q, max_k, total,
-                           F: gl.constexpr, T: gl.constexpr):  # fmt: skip
+                           threshold, off_b, off_h, off_m, off_n, parts, section, D_K, D_V, max_q, max_k, sequences,
+                           total, F: gl.constexpr, T: gl.constexpr):  # fmt: skip
     """dK, dV of 128 keys and their share of dQ / scale, added into float32. ``total`` = tiles * parts * HKV * B items.
 
     Any grid up to that. For ``section`` see ``longest_first``: where causal, the first keys meet the most queries.
     ``counter_ptr`` points at two zeros, and leaves zeros.
 
     ``rows_ptr`` and ``dirty_ptr`` [B, HQ, units] and ``seen_ptr`` come from backward_rows.py. For VARLEN, SQ and SK are
-    the packed totals, and rows, clean copies and dQ's sums lie in units of their own (see there).
+    the packed totals of so many ``sequences``, and rows, clean copies and dQ's sums lie in units of their own (see
+    there); for T.BEHIND, the tiles of all sequences lie behind each other, and ``total`` = tiles * parts * HKV.
     """
     D: gl.constexpr = F.D
     DV: gl.constexpr = F.DV
@@ -511,7 +516,7 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
     barriers = (kv_full, q_full, do_full, item_full)
     produced = (loads, (rows_ptr, dirty_ptr, plans_ptr, cu_q_ptr, cu_k_ptr, counter_ptr), (stride_tb, stride_th),
                 (q_s, k_s, v_s, do_s, rows_s), barriers, record_s,
-                (HQ, GROUP, SQ, SK, tiles, units, parts, section, max_q, max_k, total),
+                (HQ, GROUP, SQ, SK, tiles, units, parts, section, max_q, max_k, sequences, total),
                 (window_left, window_right))  # fmt: skip
     numbers = (scale, softcap, keep_scale, window_left, window_right, threshold, off_b, off_h, off_m, off_n)
     consumed = ((dq_desc, dk_desc, dv_desc),

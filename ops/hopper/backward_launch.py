@@ -22,7 +22,7 @@ from .backward_rows import (
     attn_bwd_hopper_rows,
 )
 from .backward_tiles import Schedule
-from .plan import Launch, cap_form, heads_together, padded, strided, tiles, tma_problem
+from .plan import Launch, cap_form, items_of, padded, strided, tiles, tma_problem
 from .programs import idle_counters, multiprocessors, programs
 from .untimed import taken
 
@@ -181,13 +181,13 @@ class _Steps:
 
         seen_strides: tuple[int, ...] = (0, 0)
         self.key_plans, self.keys_seen = _KeyPlans(plan, f), None
-        count, grid = plan.grid(f.BLOCK_N, plan.max_k, plan.hkv)
+        items = items_of(plan, f, f.BLOCK_N, plan.sk, plan.max_k, plan.hkv, *TOGETHER)
         if plan.ranges_shape is not None:
             planes = plan.ranges_shape[0] * plan.ranges_shape[1]
-            self.seen_shape = (planes, count * f.BLOCK_N)
+            self.seen_shape = (planes, items.tiles * f.BLOCK_N)
             seen_strides = tuple(n * f.BLOCK_N for n in self.key_plans.strides)
             numbers = (plan.sq * 2, 2, plan.sq, plan.sk, *plan.tail[:2])
-            self.keys_seen = PortableLaunch(attn_bwd_hopper_keys_seen, (count, planes, 1), numbers, (f,))
+            self.keys_seen = PortableLaunch(attn_bwd_hopper_keys_seen, (items.tiles, planes, 1), numbers, (f,))
 
         self.total_layout = self.own_rows[0] if plan.packed else bshd_layout(q.shape, plan.d)
         total = torch.empty_strided(*self.total_layout, dtype=torch.float32, device="meta")
@@ -204,14 +204,15 @@ class _Steps:
             tiles(new_bshd(v), f.BLOCK_N, width_v),
         ]
         walk = plan.hq // plan.hkv * -(-plan.max_q // block)  # steps of one key tile
-        self.parts = _parts(grid, walk, multiprocessors(q.device)) if schedule.SPLIT is None else 1 + 2 * schedule.SPLIT
-        schedule = schedule._replace(SPLIT=self.parts > 1)
-        section = heads_together(f, self.parts * grid // count, count, *TOGETHER)
-        numbers = (*seen_strides, *self.key_plans.strides, *plan.other_strides[-3:], *plan.numbers()[-7:], count,
-                   all_units, *plan.tail, self.parts, section, plan.d, plan.dv, plan.max_q, plan.max_k,
-                   grid * self.parts)  # fmt: skip
+        split = schedule.SPLIT
+        self.parts = _parts(items.total, walk, multiprocessors(q.device)) if split is None else 1 + 2 * split
+        items = items_of(plan, f, f.BLOCK_N, plan.sk, plan.max_k, plan.hkv * self.parts, *TOGETHER)
+        schedule = schedule._replace(SPLIT=self.parts > 1, BEHIND=items.behind)
+        numbers = (*seen_strides, *self.key_plans.strides, *plan.other_strides[-3:], *plan.numbers()[-7:],
+                   items.tiles, all_units, *plan.tail, self.parts, items.section, plan.d, plan.dv, plan.max_q,
+                   plan.max_k, plan.batch, items.total)  # fmt: skip
         constants = (f._replace(D=width, DV=width_v), schedule)
-        self.main = Launch(attn_bwd_hopper_kernel, programs(grid * self.parts, q.device), described, numbers, constants)
+        self.main = Launch(attn_bwd_hopper_kernel, programs(items.total, q.device), described, numbers, constants)
 
         rows_k = (1 if plan.packed else plan.batch) * plan.hkv * plan.sk
         self.sizes = rows_k * plan.d, rows_k * plan.dv

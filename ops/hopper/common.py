@@ -31,6 +31,7 @@ class Cut(NamedTuple):
     CAPPED: bool  # tanh is computed by an instruction, on logits that nothing is added to
     HALVES: bool  # half of a tile's exponentials come behind the wait for P V, over the work that waited for it
     STAGED: bool = False  # the producer brings key_log_weight through shared memory, in base 2
+    BEHIND: bool = False  # tiles of packed sequences are counted behind each other: see packed_tile
 
 
 @gluon.jit
@@ -75,6 +76,28 @@ def longest_first(t, work, section):
 
 
 @gluon.jit
+def packed_tile(tile, cu_ptr, sequences, total, ROWS: gl.constexpr):
+    """Tile number ``tile`` of all packed sequences': its sequence, and its first row there. For one warp.
+
+    Sequence i's tiles of ROWS rows begin at number cu_seqlens[i] // ROWS + i: room for all of them, and at most one is
+    empty. With as many for each sequence as the longest one has, programs spent their time on claiming empty ones.
+    """
+    WIDTH: gl.constexpr = 256
+    lane = gl.arange(0, WIDTH, layout=gl.BlockedLayout([WIDTH // 32], [32], [1], [0]))
+    first_tile = tile * 0 - 1
+    sequence = tile * 0
+    for at in range(0, sequences, WIDTH):
+        i = at + lane
+        start = gl.load(cu_ptr + i, mask=i < sequences, other=0)
+        first = gl.minimum(gl.maximum(start, 0), total) // ROWS + i
+        begun = (first <= tile) & (i < sequences)
+        first_tile = gl.maximum(first_tile, gl.max(gl.where(begun, first, -1), 0))
+        sequence += gl.sum(begun.to(gl.int32), 0)
+    # before the first sequence: in none
+    return gl.maximum(sequence - 1, 0), gl.where(first_tile < 0, INT_MAX, (tile - first_tile) * ROWS)
+
+
+@gluon.jit
 def leave_counters(counter_ptr):
     """This program takes no more items; the last one leaves the two counters as it found them."""
     if gl.atomic_add(counter_ptr + 1, 1) == gl.num_programs(0) - 1:
@@ -93,9 +116,9 @@ def pack_record(values):
 
 
 @gluon.jit
-def unpack_record(memory, COUNT: gl.constexpr):
-    """The scalars that ``pack_record`` packed, for four warps; every thread reads all of them."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([16], [32], [4], [0])
+def unpack_record(memory, COUNT: gl.constexpr, WARPS: gl.constexpr = 4):
+    """The scalars that ``pack_record`` packed, for so many warps; every thread reads all of them."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([16], [32], [WARPS], [0])
     at = gl.arange(0, 16, layout=LAYOUT)
     record = memory.load(LAYOUT)
     out = ()

@@ -1,11 +1,11 @@
 """FlashAttention-3's forward (Shah et al. 2024) in Gluon, for sm_90.
 
 A work item is 64 query rows of one head for each consumer warpgroup, and a walk over the keys that some of them may
-see, masked tiles first. There is one program for each multiprocessor; its producer warp takes items from a counter,
-says in a record in shared memory what they are, and feeds Q, K and V through the tensor memory accelerator, already
-those of the next item while the consumers finish this one. A consumer keeps the Q K^T of the next tile on the matrix
-unit while it computes the softmax of this one, and the warpgroups take turns at the matrix unit, so that one computes
-products while another computes exponentials.
+see, masked tiles first. There is one program for each multiprocessor; its scheduling warp takes items from a counter
+and says in a record in shared memory what they are, and its producer warp feeds Q, K and V through the tensor memory
+accelerator, already those of the next item while the consumers finish this one. A consumer keeps the Q K^T of the next
+tile on the matrix unit while it computes the softmax of this one, and the warpgroups take turns at the matrix unit, so
+that one computes products while another computes exponentials.
 """
 
 from ..portable.common import (
@@ -27,6 +27,7 @@ from .common import (
     longest_first,
     new_maximum,
     pack_record,
+    packed_tile,
     tile_hull,
     tile_start,
     unpack_record,
@@ -54,13 +55,16 @@ K_FREE, V_FREE, TURN, Q_FREE = gl.constexpr(4), gl.constexpr(8), gl.constexpr(12
 
 
 @gluon.jit
-def _item(t, HQ, SQ, SK, max_q, work, section, cu_q_ptr, cu_k_ptr, F: gl.constexpr):
+def _item(t, HQ, SQ, SK, max_q, sequences, work, section, cu_q_ptr, cu_k_ptr, F: gl.constexpr,
+          BEHIND: gl.constexpr):  # fmt: skip
     """Work item t: batch, head, first row, where its sequences start, and their lengths. Longest rows first."""
     bh, behind = longest_first(t, work, section)
     batch = bh // HQ
     head = bh % HQ
     row_start = behind * F.BLOCK_M
     if F.VARLEN:
+        if BEHIND:
+            batch, row_start = packed_tile(behind, cu_q_ptr, sequences, SQ, F.BLOCK_M)
         q_start, sq = sequence_bounds(cu_q_ptr, batch, SQ, max_q)
         k_start, sk = sequence_bounds(cu_k_ptr, batch, SK, SK)
     else:
@@ -101,97 +105,131 @@ def _staged_weights(weights_s, count, LAYOUT: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, weights_s, barriers, record_s, pointers, strides, sizes,
-             window, total):  # fmt: skip
-    """The producer warp: takes items, and loads the queries once and K and V of every tile as stages come free."""
-    gl.static_assert(C.STAGES <= 3, "named barriers are for up to 3 stages")
-    GROUPS: gl.constexpr = C.GROUPS
-    STAGES: gl.constexpr = C.STAGES
-    SLOTS: gl.constexpr = C.Q_SLOTS
-    BLOCK_N: gl.constexpr = F.BLOCK_N
-    q_desc, k_desc, v_desc = descs
-    q_s, k_s, v_s = memory
-    q_full, k_full, v_full, item_full, item_empty = barriers
-    ranges_ptr, weight_ptr, cu_q_ptr, cu_k_ptr, counter_ptr = pointers
-    stride_rb, stride_rh, stride_rm, stride_wb, stride_wh = strides
-    HQ, GROUP, SQ, SK, max_q, work, section = sizes
+def _schedule(F: gl.constexpr, C: gl.constexpr, barriers, record_s, pointers, strides, sizes, window, total):
+    """The scheduling warp: takes an item when the producer loads the last keys of the one before, and describes it.
+
+    No sooner: another program may be free before this one. By a warp of its own, because the producer would leave
+    stages empty while it waits for the counter, the bounds of sequences and key_ranges.
+    """
+    item_full, item_empty, wanted = barriers
+    ranges_ptr, cu_q_ptr, cu_k_ptr, counter_ptr = pointers
+    stride_rb, stride_rh, stride_rm = strides
+    HQ, SQ, SK, max_q, sequences, work, section = sizes
     window_left, window_right = window
+    EARLY: gl.constexpr = F.VARLEN and not C.BEHIND  # the next one may be empty, and the one after it
     t = gl.program_id(0)
     items = t * 0
-    count = t * 0
-    values = t * 0
     while t < total:
-        coming = t * 0 - 1
+        if EARLY:
+            coming = gl.atomic_add(counter_ptr, 1)
         batch, head, row_start, q_start, k_start, sq, sk = _item(
-            t, HQ, SQ, SK, max_q, work, section, cu_q_ptr, cu_k_ptr, F
+            t, HQ, SQ, SK, max_q, sequences, work, section, cu_q_ptr, cu_k_ptr, F, C.BEHIND
         )
         if row_start < sq:
             ranges = ranges_ptr + head.to(gl.int64) * stride_rh
             if F.VARLEN:
                 ranges += q_start.to(gl.int64) * stride_rm
-                tma_batch = t * 0
             else:
                 ranges += batch.to(gl.int64) * stride_rb
-                tma_batch = batch
             first, last, full_lo, full_hi, gaps = tile_hull(
                 ranges, stride_rm, row_start, sq, sk, window_left, window_right, F.BLOCK_M, F
             )
-            start, full_start, full_tiles, left, masked = plan_tiles(first, last, full_lo, full_hi, BLOCK_N, False)
+            start, full_start, full_tiles, left, masked = plan_tiles(first, last, full_lo, full_hi, F.BLOCK_N, False)
             masked = gl.where(masked + full_tiles == 0, 1, masked)  # nothing to see: one tile, all of it hidden
             plan = (start, full_start, full_tiles, left, masked)
             mbarrier.wait(item_empty, (items & 1) ^ 1)
             record_s.store(pack_record((batch, head, row_start, q_start, k_start, sq, sk, first, last, gaps) + plan))
             mbarrier.arrive(item_full, count=1)
-            slot = items & (SLOTS - 1)
-            if items >= SLOTS:
-                bar_sync(Q_FREE + slot * 8, GROUPS * 128 + 32)
-            mbarrier.expect(q_full.index(slot), GROUPS * q_desc.block_type.nbytes)
-            for g in gl.static_range(GROUPS):
-                at = [tma_batch, head, q_start + row_start + g * 64, 0]
-                tma_load(q_desc, at, q_full.index(slot), q_s.index(slot * GROUPS + g))
-            head_k = head // GROUP
-            weights = weight_ptr + head_k.to(gl.int64) * stride_wh
-            if F.VARLEN:
-                weights += k_start
-            else:
-                weights += batch.to(gl.int64) * stride_wb
-            for i in range(masked + full_tiles + 1):  # V a tile behind K, as they are used
-                if i < masked + full_tiles:
-                    stage = count % STAGES
-                    n0 = k_start + tile_start(i, plan, BLOCK_N)
-                    if i + 1 == masked + full_tiles:  # no sooner: another program may be free before this one
-                        coming = gl.atomic_add(counter_ptr, 1)
-                    if C.STAGED:
-                        weight = _lane_weights(weights, n0 - k_start, sk, F)
-                    if count >= STAGES:
-                        bar_sync(K_FREE + stage, GROUPS * 128 + 32)
-                    mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                    tma_load(k_desc, [tma_batch, head_k, n0, 0], k_full.index(stage), k_s.index(stage))
-                    if C.STAGED:
-                        _stage_weights(weights_s, count % (STAGES + 1), weight)
-                        mbarrier.arrive(k_full.index(stage), count=1)
-                    count += 1
-                if i > 0:
-                    stage = values % STAGES
-                    n0 = k_start + tile_start(i - 1, plan, BLOCK_N)
-                    if values >= STAGES:
-                        bar_sync(V_FREE + stage, GROUPS * 128 + 32)
-                    mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                    tma_load(v_desc, [tma_batch, head_k, n0, 0], v_full.index(stage), v_s.index(stage))
-                    values += 1
+            mbarrier.wait(wanted, items & 1)
             items += 1
-        if coming < 0:
+        if not EARLY:
             coming = gl.atomic_add(counter_ptr, 1)
         t = coming + gl.num_programs(0)
     mbarrier.wait(item_empty, (items & 1) ^ 1)
     record_s.store(pack_record((-1,)))
     mbarrier.arrive(item_full, count=1)
+    leave_counters(counter_ptr)
+
+
+@gluon.jit
+def _next_item(items, barriers, record_s, WARPS: gl.constexpr):
+    """The record of item number ``items`` of this program; it begins with -1 where there is none."""
+    item_full, item_empty = barriers
+    mbarrier.wait(item_full, items & 1)
+    record = unpack_record(record_s, 15, WARPS)
+    mbarrier.arrive(item_empty, count=1)
+    return record
+
+
+@gluon.jit
+def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, weights_s, barriers, record_s, weight_ptr, strides,
+             GROUP, SK):  # fmt: skip
+    """The producer warp: loads the queries of an item once, and K and V of every tile as stages come free."""
+    gl.static_assert(C.STAGES <= 3, "named barriers are for up to 3 stages")
+    GROUPS: gl.constexpr = C.GROUPS
+    STAGES: gl.constexpr = C.STAGES
+    SLOTS: gl.constexpr = C.Q_SLOTS
+    BLOCK_N: gl.constexpr = F.BLOCK_N
+    AHEAD: gl.constexpr = 4 if F.VARLEN else 1  # packed items may be short, and empty ones are passed over
+    q_desc, k_desc, v_desc = descs
+    q_s, k_s, v_s = memory
+    q_full, k_full, v_full, item_full, item_empty, wanted = barriers
+    stride_wb, stride_wh = strides
+    record = _next_item(0, (item_full, item_empty), record_s, 1)
+    items = record[0] * 0
+    count = record[0] * 0
+    values = record[0] * 0
+    while record[0] >= 0:
+        batch, head, row_start, q_start, k_start, _sq, sk = record[:7]
+        start, full_start, full_tiles, left, masked = record[10:]
+        plan = (start, full_start, full_tiles, left, masked)
+        head_k = head // GROUP
+        weights = weight_ptr + head_k.to(gl.int64) * stride_wh
+        if F.VARLEN:
+            weights += k_start
+            tma_batch = batch * 0
+        else:
+            weights += batch.to(gl.int64) * stride_wb
+            tma_batch = batch
+            sk = SK
+        slot = items & (SLOTS - 1)
+        if items >= SLOTS:
+            bar_sync(Q_FREE + slot * 8, GROUPS * 128 + 32)
+        mbarrier.expect(q_full.index(slot), GROUPS * q_desc.block_type.nbytes)
+        for g in gl.static_range(GROUPS):
+            at = [tma_batch, head, q_start + row_start + g * 64, 0]
+            tma_load(q_desc, at, q_full.index(slot), q_s.index(slot * GROUPS + g))
+        for i in range(masked + full_tiles + 1):  # V a tile behind K, as they are used
+            if i < masked + full_tiles:
+                stage = count % STAGES
+                n0 = k_start + tile_start(i, plan, BLOCK_N)
+                if C.STAGED:
+                    weight = _lane_weights(weights, n0 - k_start, sk, F)
+                if count >= STAGES:
+                    bar_sync(K_FREE + stage, GROUPS * 128 + 32)
+                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+                tma_load(k_desc, [tma_batch, head_k, n0, 0], k_full.index(stage), k_s.index(stage))
+                if C.STAGED:
+                    _stage_weights(weights_s, count % (STAGES + 1), weight)
+                    mbarrier.arrive(k_full.index(stage), count=1)
+                if i == gl.maximum(masked + full_tiles - AHEAD, 0):
+                    mbarrier.arrive(wanted, count=1)
+                count += 1
+            if i > 0:
+                stage = values % STAGES
+                n0 = k_start + tile_start(i - 1, plan, BLOCK_N)
+                if values >= STAGES:
+                    bar_sync(V_FREE + stage, GROUPS * 128 + 32)
+                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+                tma_load(v_desc, [tma_batch, head_k, n0, 0], v_full.index(stage), v_s.index(stage))
+                values += 1
+        items += 1
+        record = _next_item(items, (item_full, item_empty), record_s, 1)
     for slot in range(gl.minimum(items, SLOTS)):  # leave no barrier half full
         bar_sync(Q_FREE + slot * 8, GROUPS * 128 + 32)
     for stage in range(gl.minimum(count, STAGES)):
         bar_sync(K_FREE + stage, GROUPS * 128 + 32)
         bar_sync(V_FREE + stage, GROUPS * 128 + 32)
-    leave_counters(counter_ptr)
 
 
 @gluon.jit
@@ -371,9 +409,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
     o_flat = o.reshape([64, C.OUT_COLUMNS])
     zero = gl.zeros([64, BLOCK_N], gl.float32, LS)
 
-    mbarrier.wait(item_full, 0)
-    record = unpack_record(record_s, 15)
-    mbarrier.arrive(item_empty, count=1)
+    record = _next_item(0, (item_full, item_empty), record_s, 4)
     items = record[0] * 0
     count = record[0] * 0  # tiles done, over all items
     phases = record[0] * 0
@@ -516,9 +552,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
 
         count += 1
         items += 1
-        mbarrier.wait(item_full, items & 1)
-        record = unpack_record(record_s, 15)
-        mbarrier.arrive(item_empty, count=1)
+        record = _next_item(items, (item_full, item_empty), record_s, 4)
         # the next item's first product runs under what is left of this one
         q = _queries(q_s, items, GROUP, C)
         s = _first_product(record[0], q, k_s, q_full, k_full, items, count, zero, F, C)
@@ -571,21 +605,23 @@ def _store_rows(o_ptr, staged, q_start, row0, column, sq, head, HQ, F: gl.conste
 
 
 _RUNTIME_INTS = [
-    "HQ", "GROUP", "SQ", "SK", "max_q", "work", "total", "section", "window_left", "window_right", "threshold",
-    "off_b", "off_h", "off_m", "off_n", "stride_rb", "stride_rh", "stride_rm", "stride_wb", "stride_wh", "stride_ab",
+    "HQ", "GROUP", "SQ", "SK", "max_q", "sequences", "work", "total", "section", "window_left", "window_right",
+    "threshold", "off_b", "off_h", "off_m", "off_n", "stride_rb", "stride_rh", "stride_rm", "stride_wb", "stride_wh",
+    "stride_ab",
 ]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=_RUNTIME_INTS)
 def attn_fwd_hopper_kernel(q_desc, k_desc, v_desc, o_desc, ranges_ptr, weight_ptr, slopes_ptr, sinks_ptr, seed_ptr,
                            cu_q_ptr, cu_k_ptr, o_ptr, lse_ptr, counter_ptr, stride_rb, stride_rh, stride_rm, stride_wb,
-                           stride_wh, stride_ab, scale, softcap, keep_scale, HQ, GROUP, SQ, SK, max_q, work, total,
-                           section, window_left, window_right, threshold, off_b, off_h, off_m, off_n,
+                           stride_wh, stride_ab, scale, softcap, keep_scale, HQ, GROUP, SQ, SK, max_q, sequences,
+                           work, total, section, window_left, window_right, threshold, off_b, off_h, off_m, off_n,
                            F: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """out and lse. ``total`` = HQ * B * tiles items of 64 * C.GROUPS rows; any grid up to that.
 
     ``section`` of the HQ * B heads, a divisor, go together, with their ``work`` items: see ``longest_first``.
-    ``counter_ptr`` points at two zeros, and leaves zeros. For VARLEN, SQ and SK are the packed totals.
+    ``counter_ptr`` points at two zeros, and leaves zeros. For VARLEN, SQ and SK are the packed totals of so many
+    ``sequences``; for C.BEHIND, the tiles of these lie behind each other, and ``total`` = HQ * tiles.
     """
     GROUPS: gl.constexpr = C.GROUPS
     SLOTS: gl.constexpr = C.Q_SLOTS
@@ -600,6 +636,7 @@ def attn_fwd_hopper_kernel(q_desc, k_desc, v_desc, o_desc, ranges_ptr, weight_pt
     q_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     item_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     item_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    wanted = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     cleaned = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -612,7 +649,8 @@ def attn_fwd_hopper_kernel(q_desc, k_desc, v_desc, o_desc, ranges_ptr, weight_pt
     for i in gl.static_range(SLOTS):
         mbarrier.init(q_full.index(i), count=1)
     mbarrier.init(item_full, count=1)
-    mbarrier.init(item_empty, count=GROUPS)
+    mbarrier.init(item_empty, count=GROUPS + 1)
+    mbarrier.init(wanted, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(cleaned.index(i), count=1)
         mbarrier.init(k_full.index(i), count=2 if C.STAGED else 1)
@@ -620,10 +658,11 @@ def attn_fwd_hopper_kernel(q_desc, k_desc, v_desc, o_desc, ranges_ptr, weight_pt
     fence_async_shared()
 
     loads = (q_full, k_full, v_full, item_full, item_empty)
-    produced = ((q_desc, k_desc, v_desc), (q_s, k_s, v_s), weights_s, loads, record_s,
-                (ranges_ptr, weight_ptr, cu_q_ptr, cu_k_ptr, counter_ptr),
-                (stride_rb, stride_rh, stride_rm, stride_wb, stride_wh),
-                (HQ, GROUP, SQ, SK, max_q, work, section), (window_left, window_right), total)  # fmt: skip
+    scheduled = ((item_full, item_empty, wanted), record_s, (ranges_ptr, cu_q_ptr, cu_k_ptr, counter_ptr),
+                 (stride_rb, stride_rh, stride_rm), (HQ, SQ, SK, max_q, sequences, work, section),
+                 (window_left, window_right), total)  # fmt: skip
+    produced = ((q_desc, k_desc, v_desc), (q_s, k_s, v_s), weights_s, loads + (wanted,), record_s, weight_ptr,
+                (stride_wb, stride_wh), GROUP, SK)  # fmt: skip
     numbers = (scale, softcap, keep_scale, window_left, window_right, threshold, off_b, off_h, off_m, off_n)
     consumed = (o_desc, (q_s, k_s, v_s, o_s, weights_s), loads + (cleaned,), record_s,
                 (ranges_ptr, weight_ptr, slopes_ptr, sinks_ptr, seed_ptr, o_ptr, lse_ptr),
@@ -631,9 +670,14 @@ def attn_fwd_hopper_kernel(q_desc, k_desc, v_desc, o_desc, ranges_ptr, weight_pt
                 (HQ, GROUP, SQ, SK), numbers)  # fmt: skip
     if GROUPS == 2:
         gl.warp_specialize(
-            [(_consume, (0, F, C) + consumed), (_consume, (1, F, C) + consumed), (_produce, (F, C) + produced)],
-            [4, 1],
-            [C.REGISTERS, 24],
+            [
+                (_consume, (0, F, C) + consumed),
+                (_consume, (1, F, C) + consumed),
+                (_produce, (F, C) + produced),
+                (_schedule, (F, C) + scheduled),
+            ],
+            [4, 1, 1],
+            [C.REGISTERS, 24, 24],
         )
     else:
         gl.warp_specialize(
@@ -642,7 +686,8 @@ def attn_fwd_hopper_kernel(q_desc, k_desc, v_desc, o_desc, ranges_ptr, weight_pt
                 (_consume, (1, F, C) + consumed),
                 (_consume, (2, F, C) + consumed),
                 (_produce, (F, C) + produced),
+                (_schedule, (F, C) + scheduled),
             ],
-            [4, 4, 1],
-            [C.REGISTERS, C.REGISTERS, 24],
+            [4, 4, 1, 1],
+            [C.REGISTERS, C.REGISTERS, 24, 24],
         )

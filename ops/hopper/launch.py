@@ -18,7 +18,7 @@ from ..spec import Gradients, Needs, Spec, Varlen, new_strided
 from ..tuning import architecture
 from . import backward_launch as fused
 from .forward import attn_fwd_hopper_kernel
-from .plan import HopperConfig, Launch, heads_together, strided, tiles, tma_problem, variant
+from .plan import HopperConfig, Launch, items_of, strided, tiles, tma_problem, variant
 from .programs import idle_counters, programs
 from .untimed import taken, untimed
 
@@ -96,16 +96,17 @@ def _forward_launch(
     plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, config: HopperConfig | None, named: bool
 ) -> Launch:
     f, cut, config = variant(plan, config, named)
-    count, total = plan.grid(f.BLOCK_M, plan.max_q, plan.hq)
+    together = (*TOGETHER, 4 if cut.DV <= 128 else 1)
+    items = items_of(plan, f, f.BLOCK_M, plan.sq, plan.max_q, plan.hq, *together)
+    cut = cut._replace(BEHIND=items.behind)
     described = [
         tiles(q, 64, cut.D), tiles(k, f.BLOCK_N, cut.D), tiles(v, f.BLOCK_N, cut.DV), tiles(out, 64, cut.OUT_COLUMNS),
     ]  # fmt: skip
     weight_strides = plan.other_strides[8:]
-    section = heads_together(f, plan.hq * plan.batch, count, *TOGETHER, 4 if cut.DV <= 128 else 1)
     numbers = (*plan.ranges_strides, *weight_strides, plan.scale, plan.softcap, plan.keep_scale, plan.hq,
-               plan.hq // plan.hkv, plan.sq, plan.sk, plan.max_q, count * section, total, section,
-               *plan.tail)  # fmt: skip
-    grid = programs(total, q.device, config.programs)
+               plan.hq // plan.hkv, plan.sq, plan.sk, plan.max_q, plan.batch,
+               items.tiles * items.section, items.total, items.section, *plan.tail)  # fmt: skip
+    grid = programs(items.total, q.device, config.programs)
     registers = None if config.programs == 1 else LAUNCH_REGISTERS // config.programs
     return Launch(attn_fwd_hopper_kernel, grid, described, numbers, (f, cut), registers)
 

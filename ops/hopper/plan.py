@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -109,6 +110,34 @@ def heads_together(f: Features, heads: int, tiles: int, work: int, most: int, al
     if not (f.CAUSAL or f.HAS_LEFT or f.HAS_RIGHT or f.HAS_RANGES):
         work, most = alike * tiles, alike
     return max((n for n in range(1, min(heads, most) + 1) if heads % n == 0), key=lambda n: min(n * tiles, work))
+
+
+class Items(NamedTuple):
+    """The work items of a call: see ``longest_first``."""
+
+    tiles: int  # of one head
+    heads: int
+    section: int
+    behind: bool = False  # those of all packed sequences, behind each other: see ``packed_tile``
+
+    @property
+    def total(self) -> int:
+        return self.tiles * self.heads
+
+
+def items_of(plan: Plan, f: Features, rows: int, length: int, longest: int, heads: int, *together: int) -> Items:
+    """Tiles of ``rows`` of ``heads`` heads of each batch element. ``together`` as for ``heads_together``.
+
+    Packed sequences have as many tiles as the longest one, most of them empty where it is much longer than the others.
+    Then the tiles of all are counted behind each other: with one sequence of 8192 among 200 of 16 to 200 tokens that is
+    2.5 to 3.4 times faster forward, 1.5 to 1.7 times backward (H100). Lengths of 16 to 1023 lost up to 10 % by it.
+    """
+    tiles, total = plan.grid(rows, longest, heads)
+    dense = length // rows + plan.batch
+    if plan.packed and total > 2 * dense * heads:
+        return Items(dense, heads, math.gcd(heads, 4), True)
+    heads *= plan.batch
+    return Items(tiles, heads, heads_together(f, heads, tiles, *together))
 
 
 class Tiles(NamedTuple):

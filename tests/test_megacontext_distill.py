@@ -11,6 +11,7 @@ from patch_models import VOCAB
 from test_megacontext_session import CONFIG, attached, edits
 from torch import Tensor
 
+from hf_flash_mc.megacontext import distill
 from hf_flash_mc.megacontext.config import MegaContextConfig
 from hf_flash_mc.megacontext.distill import GistTask, Layout, Weights, recovered, recovery, teach
 from hf_flash_mc.megacontext.evaluate import target_losses
@@ -130,6 +131,37 @@ def test_gradient_of_the_whole_loss_is_the_finite_difference() -> None:
             values.append(task(lesson, levels)["loss"].double())
             gist.sub_(sign * 1e-2 * step)
     assert (grad.double() * step).sum().item() == pytest.approx(((values[0] - values[1]) / 2e-2).item(), rel=2e-2)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_gists_made_in_parts_and_again_are_the_same_and_keep_less(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = windows(2)
+
+    def step(task: GistTask) -> tuple[Tensor, list[Tensor], int]:
+        """Loss, gradients, and bytes that the forward keeps for the backward."""
+        lesson = teach(task._hold[0], ids, task.layout, matching=name != "embedding")
+        known = {x.untyped_storage().data_ptr() for x in (lesson.keys, lesson.values, *task._hold[0].parameters())}
+        kept: dict[int, int] = {}
+
+        def keep(x: Tensor) -> Tensor:
+            if x.untyped_storage().data_ptr() not in known:
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        levels = draw_levels(2, task.layout.count, 4, 3.0, torch.Generator().manual_seed(1), [], 0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = task(lesson, levels)["loss"]
+        loss.backward()
+        return loss.detach(), [p.grad for p in task.parameters() if p.grad is not None], sum(kept.values())
+
+    monkeypatch.setattr(distill, "POOLED", 1)
+    monkeypatch.setattr(distill, "READ", 12)
+    loss, gradients, kept = step(stirred(task_of(SETTINGS[name])))
+    monkeypatch.setattr(distill, "_again", lambda make, *args, **more: make(*args, **more))
+    whole_loss, whole_gradients, whole = step(stirred(task_of(SETTINGS[name])))
+    torch.testing.assert_close(loss, whole_loss)
+    torch.testing.assert_close(gradients, whole_gradients, rtol=1e-4, atol=1e-6)
+    assert kept < 0.8 * whole
 
 
 def test_recovery_compares_gists_with_dropping() -> None:

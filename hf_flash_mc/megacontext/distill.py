@@ -8,11 +8,13 @@ does after a collapse: the tail keeps the keys it was read with, and the last to
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import losses
 from .attach import layer_windows
@@ -20,6 +22,10 @@ from .config import MegaContextConfig
 from .gistnet import PooledKV
 from .prefix import Keys, PrefixCache, RecordingCache, read, run
 from .session import _attention_scales as attention_scales
+
+# gists are made of so many at a time, and again in the backward: else what is between takes twice the keys and values
+POOLED = 2**23  # elements of keys
+READ = 2**12  # tokens, for embedding gists
 
 
 @dataclass(frozen=True)
@@ -175,13 +181,19 @@ class GistTask(nn.Module):
     def _kv_gists(self, lesson: Lesson) -> Gists:
         layout = self.layout
         inside = slice(layout.first, layout.first + layout.count * layout.block)
-        # [L, B, Hkv, n, K, D] -> [B * n, K, L, Hkv, D]
+        # [L, B, Hkv, n, K, D] -> [B, n, K, L, Hkv, D], not copied
         children = [
-            x[..., inside, :].unflatten(3, (layout.count, layout.block)).permute(1, 3, 4, 0, 2, 5).flatten(0, 1)
+            x[..., inside, :].unflatten(3, (layout.count, layout.block)).permute(1, 3, 4, 0, 2, 5)
             for x in (lesson.keys, lesson.values)
         ]
         places = torch.arange(inside.start, inside.stop, device=lesson.ids.device).view(layout.count, layout.block)
-        pooled = self.gist(*children, lod=1, positions=places.repeat(len(lesson.ids), 1))
+        step = max(1, POOLED // children[0][0, 0].numel())
+        parts = [
+            _again(self.gist, *(x[row, at : at + step] for x in children), lod=1, positions=places[at : at + step])
+            for row in range(len(lesson.ids))
+            for at in range(0, layout.count, step)
+        ]
+        pooled = PooledKV(*(torch.cat(x) for x in zip(*parts, strict=True)))
         return self._placed(pooled, 1, list(range(layout.count)), lesson.keys.dtype)
 
     def _placed(self, pooled: PooledKV, lod: int, blocks: list[int], dtype: torch.dtype) -> Gists:
@@ -276,7 +288,8 @@ class GistTask(nn.Module):
         layout = self.layout
         ids = lesson.ids[:, layout.first : layout.first + layout.count * layout.block]
         children = self._embed(ids).view(-1, layout.block, self.config.hidden_size)
-        gists = self._gist_of(children, 1).unflatten(0, (len(ids), layout.count))
+        parts = [_again(self._gist_of, x, 1) for x in children.split(max(1, READ // layout.block))]
+        gists = torch.cat(parts).unflatten(0, (len(ids), layout.count))
         return Gists(1, list(range(layout.count)), embeddings=gists)
 
     def _embedding_student(self, lesson: Lesson, levels: Tensor, made: list[Gists]) -> Tensor:
@@ -312,6 +325,11 @@ class GistTask(nn.Module):
     def _chosen(self, levels: Tensor, gists: Gists) -> Tensor:
         """Which gists are shown, ``[B, g]``."""
         return _ones(levels[:, torch.tensor(gists.blocks)] == gists.lod)
+
+
+def _again(make: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    """``make(...)``, of which nothing is kept for the backward, which makes it once more."""
+    return checkpoint(make, *args, use_reentrant=False, preserve_rng_state=False, **more)
 
 
 def _ones(seen: Tensor) -> Tensor:

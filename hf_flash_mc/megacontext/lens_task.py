@@ -21,7 +21,9 @@ from .lensnet import Lens, LensInput
 from .prefix import Keys, PrefixCache, read, run
 from .session import OBSERVED
 
-LOGITS = 2**28  # logits of one forward over variants; more windows take several forwards
+# of one forward; more windows take several
+LOGITS = 2**28  # of its variants
+TOKENS = 2**13  # of its windows
 
 
 @dataclass
@@ -166,7 +168,7 @@ class LensTask(nn.Module):
         """
         variants = edits.levels.shape[1] + 1
         vocabulary = self._hold[0].get_output_embeddings().weight.shape[0]
-        count = max(1, LOGITS // (variants * self.layout.horizon * vocabulary))
+        count = max(1, min(LOGITS // (variants * self.layout.horizon * vocabulary), TOKENS // self.layout.context))
         parts = []
         for first in range(0, len(ids), count):
             part = slice(first, first + count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Te
 
 from hf_flash_mc.megacontext.attach import attach_megacontext, cache_argument, detach_megacontext, layer_windows
 from hf_flash_mc.megacontext.config import MegaContextConfig
-from hf_flash_mc.megacontext.lensnet import LensInput, OracleLens
+from hf_flash_mc.megacontext.lensnet import GistMassLens, LensInput, OracleLens
 from hf_flash_mc.megacontext.working_context import BudgetError, Edits
 
 CONFIG = MegaContextConfig(
@@ -288,6 +289,32 @@ def test_attention_mass_is_the_attention_of_the_last_query() -> None:
     queries = several.cache.last_queries()
     several.rewind(2)
     assert torch.equal(several.cache.last_queries(), queries[:, :, :5])
+
+
+def test_lenses_that_need_no_attention_mass_do_not_pay_for_it() -> None:
+    config = dataclasses.replace(CONFIG, lens={"kind": "random"})
+    session = attached(config=config).megacontext.session()
+    session.ingest(torch.randint(3, VOCAB, (100,)))
+    with mock.patch.object(session, "attention_mass", side_effect=AssertionError("asked for")):
+        session.refocus()
+        session.addon.lens = GistMassLens(config)
+        with pytest.raises(AssertionError, match="asked for"):
+            session.refocus()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_mass_is_the_mean_of_the_weights(dtype: torch.dtype) -> None:
+    """Of all heads, layers and last queries, against float64 from the same keys."""
+    model = attached().to(dtype)
+    session = model.megacontext.session()
+    session.ingest(torch.randint(3, VOCAB, (60,)))
+    cache, end = session.cache, session.cache.end
+    queries, keys = cache.last_queries().double(), cache.kv[0, :, :, :end].double()
+    grouped = queries.unflatten(1, (keys.shape[1], -1)) * torch.tensor(session.scaling)[:, None, None, None, None]
+    logits = grouped @ keys[:, :, None].transpose(-1, -2) + cache.log_weight[:, :, None, None, :end]
+    wanted = logits.softmax(-1).mean((0, 1, 2, 3)).float()
+    found = cache.attention_mass(session.scaling)
+    torch.testing.assert_close(found, wanted, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-6)
 
 
 def test_refocus_follows_the_lens_and_generation_refocuses() -> None:

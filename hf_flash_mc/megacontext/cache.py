@@ -321,11 +321,11 @@ class MegaContextCache(Cache):
             keys = self.kv[0, whole, :, :end]  # [l, Hkv, end, D]
             factor = torch.tensor([scaling[layer] for layer in part]).to(keys)[:, None, None, None]
             grouped = (queries[whole] * factor).reshape(len(part), heads, -1, dim)  # [l, Hkv, G * n, D]
-            logits = torch.matmul(grouped, keys.transpose(-1, -2)).float()
+            logits = torch.matmul(grouped, keys.transpose(-1, -2))  # in the keys' dtype: half of the traffic
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
             logits += self.log_weight[whole, :, None, :end]
-            mass += logits.softmax(-1).mean((1, 2)).sum(0)
+            mass += logits.softmax(-1, dtype=torch.float32).mean((1, 2)).sum(0)
         return mass / len(layers)
 
     def reset(self) -> None:

@@ -109,7 +109,7 @@ class Focus:
         if trained or lens.reads == "recall":  # they know what is in the tree
             self._commit(len(self) - max(self.config.recent_tokens, keep))
         last = keep or None
-        mass = self.attention_mass(last) if self.cache.observe else None
+        mass = self.attention_mass(last) if self.cache.observe and lens.reads != "nothing" else None
         context = LensInput.of(wc, self.device, attention_mass=mass, generator=self.generator)
         if lens.reads == "recall":
             context.recall = self.recall_mass(last)

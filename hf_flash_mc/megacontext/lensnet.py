@@ -85,7 +85,8 @@ class LensInput:
 class Lens(nn.Module):
     """The interface. A lens implements ``forward``: scores ``[N]`` in [-1, 1] before legality.
 
-    ``reads``: "recall" if it needs the field of that name, and so a session with a `RecallIndex`; else "mass".
+    ``reads``: "recall" if it needs the field of that name, and so a session with a `RecallIndex`; "nothing" if it
+    needs no `attention_mass` either; else "mass".
     """
 
     reads = "mass"
@@ -133,6 +134,8 @@ def _length(context: LensInput) -> Tensor:
 
 class RecencyLens(Lens):
     """Training-free: from -1 for the oldest text to 1 for the latest."""
+
+    reads = "nothing"
 
     def forward(self, context: LensInput) -> Tensor:
         """2 x position / length - 1."""
@@ -196,6 +199,8 @@ class RecallLens(GistMassLens):
 
 class RandomLens(Lens):
     """Uniform in [-1, 1], from ``generator``: the baseline that any lens must beat."""
+
+    reads = "nothing"
 
     def forward(self, context: LensInput) -> Tensor:
         """Draws on the generator's device, so that the same seed gives the same edits on every device."""

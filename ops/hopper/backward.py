@@ -50,7 +50,7 @@ from .shim import (
 
 @gluon.jit
 def _item(t, tiles, parts, section, SQ, SK, max_q, max_k, sequences, HK, cu_q_ptr, cu_k_ptr, F: gl.constexpr,
-          BEHIND: gl.constexpr):  # fmt: skip
+          STACKED: gl.constexpr):  # fmt: skip
     """Work item t: batch, KV head, first key, its part of the queries, where its sequences start, and their lengths."""
     rest, behind = longest_first(t, tiles * section, section)
     part = rest % parts
@@ -63,7 +63,7 @@ def _item(t, tiles, parts, section, SQ, SK, max_q, max_k, sequences, HK, cu_q_pt
     sq = SQ
     sk = SK
     if F.VARLEN:
-        if BEHIND:
+        if STACKED:
             batch, n0 = packed_tile(tile, cu_k_ptr, sequences, SK, F.BLOCK_N)
         q_start, sq = sequence_bounds(cu_q_ptr, batch, SQ, max_q)
         k_start, sk = sequence_bounds(cu_k_ptr, batch, SK, max_k)
@@ -119,7 +119,7 @@ def _produce(F: gl.constexpr, T: gl.constexpr, descs, pointers, strides, smem, b
     while t < total:
         coming = t * 0 - 1
         batch, head_k, n0, part, q_start, k_start, sq, sk = _item(
-            t, tiles, parts, section, SQ, SK, max_q, max_k, sequences, HQ // GROUP, cu_q_ptr, cu_k_ptr, F, T.BEHIND
+            t, tiles, parts, section, SQ, SK, max_q, max_k, sequences, HQ // GROUP, cu_q_ptr, cu_k_ptr, F, T.STACKED
         )
         if n0 < sk:
             start, full_start, full_tiles, _left, masked_tiles = _plan_queries(
@@ -472,7 +472,7 @@ def attn_bwd_hopper_kernel(q_desc, k_desc, v_desc, do_desc, clean_q_desc, clean_
 
     ``rows_ptr`` and ``dirty_ptr`` [B, HQ, units] and ``seen_ptr`` come from backward_rows.py. For VARLEN, SQ and SK are
     the packed totals of so many ``sequences``, and rows, clean copies and dQ's sums lie in units of their own (see
-    there); for T.BEHIND, the tiles of all sequences lie behind each other, and ``total`` = tiles * parts * HKV.
+    there); for T.STACKED, the tiles of all sequences lie behind each other, and ``total`` = tiles * parts * HKV.
     """
     D: gl.constexpr = F.D
     DV: gl.constexpr = F.DV

@@ -207,7 +207,7 @@ class _Steps:
         split = schedule.SPLIT
         self.parts = _parts(items.total, walk, multiprocessors(q.device)) if split is None else 1 + 2 * split
         items = items_of(plan, f, f.BLOCK_N, plan.sk, plan.max_k, plan.hkv * self.parts, *TOGETHER)
-        schedule = schedule._replace(SPLIT=self.parts > 1, BEHIND=items.behind)
+        schedule = schedule._replace(SPLIT=self.parts > 1, STACKED=items.stacked)
         numbers = (*seen_strides, *self.key_plans.strides, *plan.other_strides[-3:], *plan.numbers()[-7:],
                    items.tiles, all_units, *plan.tail, self.parts, items.section, plan.d, plan.dv, plan.max_q,
                    plan.max_k, plan.batch, items.total)  # fmt: skip

@@ -24,7 +24,7 @@ class Schedule(NamedTuple):
     REGS: int = 240
     WIDE: bool = False  # a warpgroup sums half the columns, not the gradients of half the keys: see backward_wide.py
     CAP_FORM: int = 0  # of softcap: see capped, in portable/common.py
-    BEHIND: bool = False  # tiles of packed sequences are counted behind each other: see packed_tile
+    STACKED: bool = False  # tiles of packed sequences are counted behind each other: see packed_tile
 
 
 @gluon.jit

@@ -31,7 +31,7 @@ class Cut(NamedTuple):
     CAPPED: bool  # tanh is computed by an instruction, on logits that nothing is added to
     HALVES: bool  # half of a tile's exponentials come behind the wait for P V, over the work that waited for it
     STAGED: bool = False  # the producer brings key_log_weight through shared memory, in base 2
-    BEHIND: bool = False  # tiles of packed sequences are counted behind each other: see packed_tile
+    STACKED: bool = False  # tiles of packed sequences are counted behind each other: see packed_tile
 
 
 @gluon.jit

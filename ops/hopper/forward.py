@@ -56,14 +56,14 @@ K_FREE, V_FREE, TURN, Q_FREE = gl.constexpr(4), gl.constexpr(8), gl.constexpr(12
 
 @gluon.jit
 def _item(t, HQ, SQ, SK, max_q, sequences, work, section, cu_q_ptr, cu_k_ptr, F: gl.constexpr,
-          BEHIND: gl.constexpr):  # fmt: skip
+          STACKED: gl.constexpr):  # fmt: skip
     """Work item t: batch, head, first row, where its sequences start, and their lengths. Longest rows first."""
     bh, behind = longest_first(t, work, section)
     batch = bh // HQ
     head = bh % HQ
     row_start = behind * F.BLOCK_M
     if F.VARLEN:
-        if BEHIND:
+        if STACKED:
             batch, row_start = packed_tile(behind, cu_q_ptr, sequences, SQ, F.BLOCK_M)
         q_start, sq = sequence_bounds(cu_q_ptr, batch, SQ, max_q)
         k_start, sk = sequence_bounds(cu_k_ptr, batch, SK, SK)
@@ -116,14 +116,14 @@ def _schedule(F: gl.constexpr, C: gl.constexpr, barriers, record_s, pointers, st
     stride_rb, stride_rh, stride_rm = strides
     HQ, SQ, SK, max_q, sequences, work, section = sizes
     window_left, window_right = window
-    EARLY: gl.constexpr = F.VARLEN and not C.BEHIND  # the next one may be empty, and the one after it
+    EARLY: gl.constexpr = F.VARLEN and not C.STACKED  # the next one may be empty, and the one after it
     t = gl.program_id(0)
     items = t * 0
     while t < total:
         if EARLY:
             coming = gl.atomic_add(counter_ptr, 1)
         batch, head, row_start, q_start, k_start, sq, sk = _item(
-            t, HQ, SQ, SK, max_q, sequences, work, section, cu_q_ptr, cu_k_ptr, F, C.BEHIND
+            t, HQ, SQ, SK, max_q, sequences, work, section, cu_q_ptr, cu_k_ptr, F, C.STACKED
         )
         if row_start < sq:
             ranges = ranges_ptr + head.to(gl.int64) * stride_rh
@@ -621,7 +621,7 @@ def attn_fwd_hopper_kernel(q_desc, k_desc, v_desc, o_desc, ranges_ptr, weight_pt
 
     ``section`` of the HQ * B heads, a divisor, go together, with their ``work`` items: see ``longest_first``.
     ``counter_ptr`` points at two zeros, and leaves zeros. For VARLEN, SQ and SK are the packed totals of so many
-    ``sequences``; for C.BEHIND, the tiles of these lie behind each other, and ``total`` = HQ * tiles.
+    ``sequences``; for C.STACKED, the tiles of these lie behind each other, and ``total`` = HQ * tiles.
     """
     GROUPS: gl.constexpr = C.GROUPS
     SLOTS: gl.constexpr = C.Q_SLOTS

@@ -98,7 +98,7 @@ def _forward_launch(
     f, cut, config = variant(plan, config, named)
     together = (*TOGETHER, 4 if cut.DV <= 128 else 1)
     items = items_of(plan, f, f.BLOCK_M, plan.sq, plan.max_q, plan.hq, *together)
-    cut = cut._replace(BEHIND=items.behind)
+    cut = cut._replace(STACKED=items.stacked)
     described = [
         tiles(q, 64, cut.D), tiles(k, f.BLOCK_N, cut.D), tiles(v, f.BLOCK_N, cut.DV), tiles(out, 64, cut.OUT_COLUMNS),
     ]  # fmt: skip

@@ -118,7 +118,7 @@ class Items(NamedTuple):
     tiles: int  # of one head
     heads: int
     section: int
-    behind: bool = False  # those of all packed sequences, behind each other: see ``packed_tile``
+    stacked: bool = False  # those of all packed sequences, behind each other: see ``packed_tile``
 
     @property
     def total(self) -> int:

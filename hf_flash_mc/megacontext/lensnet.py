@@ -75,7 +75,7 @@ class LensInput:
             got = None if value is None else list(value.shape)
             raise ValueError(
                 f"{name}: {type(lens).__name__} expects one for each of {list(shape)} entries, got {got}; a session "
-                "has it with observe of at least 1"
+                'has it with observe of at least 1, for a lens whose reads is not "nothing"'
                 if name != "tail"
                 else f"tail: {type(lens).__name__} expects the gists of the latest history [t, d], got None"
             )

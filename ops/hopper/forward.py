@@ -152,9 +152,8 @@ def _schedule(F: gl.constexpr, C: gl.constexpr, barriers, record_s, pointers, st
 
 
 @gluon.jit
-def _next_item(items, barriers, record_s, WARPS: gl.constexpr):
+def _next_item(items, item_full, item_empty, record_s, WARPS: gl.constexpr):
     """The record of item number ``items`` of this program; it begins with -1 where there is none."""
-    item_full, item_empty = barriers
     mbarrier.wait(item_full, items & 1)
     record = unpack_record(record_s, 15, WARPS)
     mbarrier.arrive(item_empty, count=1)
@@ -175,7 +174,7 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, weights_s, barrier
     q_s, k_s, v_s = memory
     q_full, k_full, v_full, item_full, item_empty, wanted = barriers
     stride_wb, stride_wh = strides
-    record = _next_item(0, (item_full, item_empty), record_s, 1)
+    record = _next_item(0, item_full, item_empty, record_s, 1)
     items = record[0] * 0
     count = record[0] * 0
     values = record[0] * 0
@@ -224,7 +223,7 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, weights_s, barrier
                 tma_load(v_desc, [tma_batch, head_k, n0, 0], v_full.index(stage), v_s.index(stage))
                 values += 1
         items += 1
-        record = _next_item(items, (item_full, item_empty), record_s, 1)
+        record = _next_item(items, item_full, item_empty, record_s, 1)
     for slot in range(gl.minimum(items, SLOTS)):  # leave no barrier half full
         bar_sync(Q_FREE + slot * 8, GROUPS * 128 + 32)
     for stage in range(gl.minimum(count, STAGES)):
@@ -409,7 +408,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
     o_flat = o.reshape([64, C.OUT_COLUMNS])
     zero = gl.zeros([64, BLOCK_N], gl.float32, LS)
 
-    record = _next_item(0, (item_full, item_empty), record_s, 4)
+    record = _next_item(0, item_full, item_empty, record_s, 4)
     items = record[0] * 0
     count = record[0] * 0  # tiles done, over all items
     phases = record[0] * 0
@@ -552,7 +551,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
 
         count += 1
         items += 1
-        record = _next_item(items, (item_full, item_empty), record_s, 4)
+        record = _next_item(items, item_full, item_empty, record_s, 4)
         # the next item's first product runs under what is left of this one
         q = _queries(q_s, items, GROUP, C)
         s = _first_product(record[0], q, k_s, q_full, k_full, items, count, zero, F, C)

@@ -169,7 +169,8 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, weights_s, barrier
     STAGES: gl.constexpr = C.STAGES
     SLOTS: gl.constexpr = C.Q_SLOTS
     BLOCK_N: gl.constexpr = F.BLOCK_N
-    AHEAD: gl.constexpr = 4 if F.VARLEN else 1  # packed items may be short, and empty ones are passed over
+    # packed items may be short, and empty ones are passed over; bounds in memory: 5 % faster at 128, 3 % slower at 64
+    AHEAD: gl.constexpr = 4 if F.VARLEN or (F.HAS_RANGES and C.D > 64) else 1
     q_desc, k_desc, v_desc = descs
     q_s, k_s, v_s = memory
     q_full, k_full, v_full, item_full, item_empty, wanted = barriers

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import repeat
 from .portable import launch as portable
+from .portable import shapes
 from .portable.launch import _on_device
 from .portable.plan import Plan, plan_of
 from .spec import Gradients, Needs, Spec, Varlen
@@ -16,6 +17,7 @@ from .tuning import architecture
 
 unsupported = portable.unsupported  # what neither takes
 FEW = 64  # query rows or keys, up to which most of a Hopper tile would be padding
+SMALL = 128  # rows of a KV head, and keys, up to which the portable kernels make one launch each way
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None = None) -> tuple[str, list[str]]:
@@ -35,10 +37,23 @@ def _why_not_hopper(plan: Plan, q: Tensor, k: Tensor, v: Tensor, spec: Spec, var
         reasons = unsupported_by_hopper(q, k, v, spec, varlen)
         if min(plan.max_q, plan.max_k) <= FEW:
             reasons.append(f"at most {FEW} query rows or keys: the portable kernels waste less of a tile")
+        elif _is_small(plan, q):
+            reasons.append(f"at most {SMALL} rows and keys on few heads: one launch of the portable kernels for three")
         if max(plan.d, plan.dv) <= 32:
             reasons.append("head dims up to 32: the portable kernels waste less of a tile")
         plan.launches["auto"] = reasons
     return reasons
+
+
+def _is_small(plan: Plan, q: Tensor) -> bool:
+    """Whether all of a call runs at once, by one launch each way: then it takes no longer than the host does."""
+    from .hopper.programs import multiprocessors
+
+    return (
+        shapes.choose(plan, "fwd") == shapes.choose(plan, "bwd") == "few_keys"
+        and max(plan.sq * (plan.hq // plan.hkv), plan.sk) <= SMALL
+        and plan.batch * plan.hkv <= multiprocessors(q.device)
+    )
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None = None) -> tuple[Tensor, Tensor]:

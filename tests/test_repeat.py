@@ -18,7 +18,7 @@ from gluon_emulator import emulated
 
 from hf_flash_mc.ops import api, auto, checks, flash_attention, repeat
 from hf_flash_mc.ops.hopper import backward_launch, launch
-from hf_flash_mc.ops.portable import plan
+from hf_flash_mc.ops.portable import plan, shapes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not plan.INTERPRETED, reason="needs a GPU, or TRITON_INTERPRET=1")
@@ -226,6 +226,7 @@ def hopper() -> Iterator[None]:
         for module in (auto, plan, launch):
             stack.enter_context(mock.patch.object(module, "architecture", return_value="sm90"))
         stack.enter_context(mock.patch.object(launch, "EMULATED", True))
+        stack.enter_context(mock.patch.object(shapes, "ENABLED", False))
         stack.enter_context(mock.patch.dict(api._AUTO, {"cpu": "auto"}))
         stack.enter_context(mock.patch.dict(checks.LIMITS, {"auto": checks.LIMITS["triton"]}))
         stack.enter_context(mock.patch.object(backward_launch, "multiprocessors", return_value=3))

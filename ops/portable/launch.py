@@ -136,18 +136,37 @@ class Call:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, impl: str, spec: Spec):
         self.kept, self.spec = (impl, (), spec[10:], ()), spec
         self.plan = plan_of(q, k, v, spec, None)
+        few_keys = all(shapes.choose(self.plan, way) == "few_keys" for way in ("fwd", "bwd"))
+        self.small = shapes.OneLaunch(self.plan) if few_keys and not self.plan.needs_copies else None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return forward(q, k, v, self.spec, None, None, self.plan)
+        found = None if self.small is None else _small_forward(q, k, v, self.small)
+        return found or forward(q, k, v, self.spec, None, None, self.plan)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor | None, ...] | None:
-        plan = self.plan
+        plan, small = self.plan, self.small
+        if small is not None and (found := _small_backward(dout, q, k, v, out, lse, small)) is not None:
+            return found
         if not plan.takes(q, k, v):
             return None
-        found = backward(dout, None, q, k, v, out, lse, self.spec, ALL, False, None, None, plan)
-        return found[:3]
+        gradients = backward(dout, None, q, k, v, out, lse, self.spec, ALL, False, None, None, plan)
+        if small is not None:
+            small.learn(dout, out)
+        return gradients[:3]
+
+
+@_on_device
+def _small_forward(q: Tensor, k: Tensor, v: Tensor, small: shapes.OneLaunch) -> tuple[Tensor, Tensor] | None:
+    return small.forward(q, k, v)
+
+
+@_on_device
+def _small_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, small: shapes.OneLaunch
+) -> tuple[Tensor, ...] | None:
+    return small.backward(dout, q, k, v, out, lse)
 
 
 @_on_device

@@ -1,4 +1,4 @@
-"""Figures of one result file, and of peers that were not in that run: those stand in anchors.csv and stay marked."""
+"""Figures of result files, and of peers that were not in their runs: those stand in anchors.csv and stay marked."""
 
 from __future__ import annotations
 
@@ -46,11 +46,20 @@ def cell_of(name: str) -> Cell:
 
 
 class Figures:
-    """Medians by cell, direction ("both": forward and backward together) and implementation."""
+    """Medians by cell, direction ("both": forward and backward together) and implementation.
 
-    def __init__(self, path: Path, anchors: Path = ANCHORS):
-        with path.open(newline="") as file:
-            self.rows: list[Row] = list(csv.DictReader(file))
+    Of several files the last one that has a cell counts for it: figures of two runs never share a cell.
+    """
+
+    def __init__(self, *paths: Path, anchors: Path = ANCHORS):
+        self.files: dict[Path, list[Row]] = {}
+        for path in paths:
+            with path.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            again = {r["cell"] for r in rows}
+            self.files = {p: [r for r in old if r["cell"] not in again] for p, old in self.files.items()}
+            self.files[path] = rows
+        self.rows: list[Row] = [row for rows in self.files.values() for row in rows]
         self.found: dict[tuple[str, str, str], Figure] = {}
         self.notes: dict[tuple[str, str, str], str] = {}
         for row in self.rows:
@@ -61,10 +70,6 @@ class Figures:
                 numbers = {n: float(row[n]) if row.get(n) else None for n in names}
                 self.found[key] = Figure(float(row["median_ms"]), **numbers)
         self.anchors = read_anchors(anchors)
-
-    @property
-    def meta(self) -> Row:
-        return self.rows[0]
 
     def cells(self, *groups: str) -> list[Row]:
         """The first row of each cell of these groups, in the order of the registry."""

@@ -65,7 +65,7 @@ def throughput(figures: Figures) -> Any:
         axis.set_xlabel("sequence length")
     if axes[0, 0].lines:
         axes[0, 0].legend(fontsize="x-small")
-    figure.suptitle(f"Causal attention, {figures.meta['dtype']}, {figures.meta['device']}")
+    figure.suptitle(f"Causal attention, {figures.rows[0]['dtype']}, {figures.rows[0]['device']}")
     figure.tight_layout()
     return figure
 
@@ -92,6 +92,6 @@ def ratios(figures: Figures) -> Any:
     axis.invert_yaxis()
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set(xlabel="time of the best peer over ours (* of another run)", xlim=(0, 1.25 * max(r for _, r, _ in found)))
-    figure.suptitle(f"Ours against the best peer, {figures.meta['device']}")
+    figure.suptitle(f"Ours against the best peer, {figures.rows[0]['device']}")
     figure.tight_layout()
     return figure

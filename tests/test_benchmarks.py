@@ -244,7 +244,7 @@ def test_page_says_where_a_training_step_spends_its_time(tmp_path: Path) -> None
     lines = [record.line(cell, torch.bfloat16, "step", n, [200.0], note, 60.0) for n in ("ours-compiled", "sdpa")]
     path = tmp_path / "tune.csv"
     record.write([*lines, record.line(cell, torch.bfloat16, "step", "flex-compiled", [], "not run: full")], META, path)
-    page = report.performance(path)
+    page = report.performance([path])
     assert "| ours, compiled | 1 | 16384 | 20.5 | 100.2 | 5.0 | 30.0 |" in page
     assert "200 ms, 60.0 GiB" in page
     assert "not run" not in page
@@ -263,6 +263,21 @@ def test_missing_peer_counts_with_its_marked_anchor(tmp_path: Path) -> None:
     measured = figures.get(name, "forward", "fa2")
     assert measured is not None
     assert not measured.anchor
+
+
+def test_of_several_files_the_last_one_that_has_a_cell_counts(tmp_path: Path) -> None:
+    first = made_up(tmp_path)
+    host, other = timing.HOST_CELL, next(c for c in cells.CELLS if c.group == "accuracy")
+    later = tmp_path / "later.csv"
+    record.write([record.line(c, torch.bfloat16, "forward", "ours", [7.0]) for c in (host, other)], META, later)
+    figures = Figures(first, later)
+    rows = [r for r in figures.rows if r["cell"] == other.name]
+    assert [(r["implementation"], r["median_ms"]) for r in rows] == [("ours", "7.0")]
+    assert figures.get(other.name, "forward", "fa2") is None, "figures of two runs share no cell"
+    assert figures.files[first] == [r for r in rows_of(first) if r["cell"] != other.name]
+    earlier, last = report.origin(figures, "results").split("\n\n")
+    assert "(results/made-up.csv)" in earlier
+    assert last.startswith("host, accuracy: ")
 
 
 def test_every_anchor_and_goal_names_cells_of_the_registry() -> None:
@@ -298,7 +313,7 @@ def test_page_shows_reasons_of_missed_goals(tmp_path: Path, monkeypatch: pytest.
     written = tmp_path / "reasons.toml"
     written.write_text('dropout-both = "Philox needs integer units."\n')
     monkeypatch.setattr(goals, "reasons", lambda: goals.tomllib.loads(written.read_text()))
-    page = report.performance(made_up(tmp_path, ms=9.0))
+    page = report.performance([made_up(tmp_path, ms=9.0)])
     assert "Philox needs integer units." in page
     assert "| **no** |" in page
     assert "recompute" in page

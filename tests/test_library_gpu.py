@@ -145,3 +145,43 @@ def test_host_time_of_a_small_call() -> None:
     print(f"\nhost microseconds, forward and forward plus backward: {times}")
     assert times["ours"][0] <= 1.2 * times["torch"][0]
     assert times["ours"][1] <= 1.0 * times["torch"][1]
+
+
+REPEATED: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "full": {},
+    "window and softcap": {"window": (300, 0), "softcap": 20.0},
+    "sinks and dropout": {"causal": True, "sinks": True, "dropout_p": 0.2, "dropout_seed": 7},
+    "key_log_weight and ranges": {"key_log_weight": True, "key_ranges": True},
+}
+
+
+@pytest.mark.parametrize("impl", ["hopper", "triton"])
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("name", REPEATED)
+def test_100_repeats_are_bit_identical(name: str, d: int, impl: str) -> None:
+    """The forward, and the deterministic backward, however the GPU orders their programs."""
+    if impl == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    torch.manual_seed(0)
+    sizes = [(2, 1100, h, d) for h in (8, 4, 4)]
+    q, k, v = (torch.randn(n, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for n in sizes)
+    rows = torch.arange(1100, device="cuda", dtype=torch.int32)
+    tensors = {
+        "sinks": torch.randn(8, device="cuda", requires_grad=True),
+        "key_log_weight": torch.randn(2, 4, 1100, device="cuda", requires_grad=True),
+        "key_ranges": torch.stack([rows // 3, rows + 1], -1)[None, None],
+    }
+    options = {n: tensors[n] if x is True and n in tensors else x for n, x in REPEATED[name].items()}
+    leaves = [q, k, v, *(x for x in options.values() if isinstance(x, Tensor) and x.requires_grad)]
+    dout = torch.randn_like(q)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first: tuple[Tensor, ...] = ()
+        for _ in range(100):
+            out, lse = flash_attention(q, k, v, **options, impl=impl, return_lse=True)
+            found = (out, lse, *torch.autograd.grad((out, lse.sum()), leaves, (dout, torch.ones_like(lse.sum()))))
+            first = first or tuple(x.detach() for x in found)
+            assert all(torch.equal(x, y) for x, y in zip(found, first, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -371,7 +371,7 @@ def _is_plain(q: Any, k: Any, v: Any, kind: str, impl: str, options: tuple[Any, 
             bq = bk = bv = 1
     except (AttributeError, ValueError, RuntimeError):  # a nested tensor has no shape
         return False
-    scale, causal, left, right, cap, dropout_p, _ = options[10:]
+    scale, causal, left, right, cap, dropout_p, offsets = options[10:]
     dtype, device = q.dtype, q.device
     return (
         bq == bk == bv
@@ -388,6 +388,7 @@ def _is_plain(q: Any, k: Any, v: Any, kind: str, impl: str, options: tuple[Any, 
         and device == k.device == v.device
         and (kind, impl) in _SERVED
         and dropout_p == 0
+        and offsets is _NO_OFFSETS
         and type(causal) is bool
         and left >= -1 <= right
         and (type(cap) is float and 0 <= cap < _INF)

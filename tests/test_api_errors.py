@@ -83,6 +83,7 @@ WRONG = [
     ({"dropout_p": 0.5, "dropout_offsets": (2**31, 0, 0, 0)}, ValueError, "dropout_offsets: .* from 0 to 2147483647"),
     # kernels count columns in 32 bits: the mask behind 2^31 was another than on the CPU
     ({"dropout_p": 0.5, "dropout_offsets": (0, 0, 0, 2**31 - 7)}, ValueError, "columns up to 2147483647, got .* 7 k"),
+    ({"dropout_offsets": (0, 0, 0, -1)}, ValueError, "dropout_offsets: expected"),  # without dropout too
     ({"dropout_p": 0.5, "dropout_seed": z(1)}, TypeError, "dropout_seed: expected torch.int64"),
     ({"dropout_p": 0.5, "dropout_seed": torch.tensor([1, 2])}, ValueError, "dropout_seed: expected one element"),
     ({"dropout_p": 0.5, "dropout_seed": 0.5}, TypeError, "dropout_seed: expected an int"),

@@ -3,8 +3,8 @@
 Quality from results/quality-*.json (`hf-flash-mc evaluate --out`), needles and soak from needles-*.json and
 soak-*.json (examples/needle.py and soak.py), positions from positions-*.json (`benchmarks.positions`), parts from
 megacontext-*.json (`benchmarks.megacontext`), kills from training-kills-*.json (`benchmarks.kills`), memory from
-activation-memory-*.json (`benchmarks.activation_memory`). A picture of the same name, quality-X.png, is shown beneath
-its table.
+activation-memory-*.json (`benchmarks.activation_memory`), tests and sanitizers on a GPU from guards-*.json. A picture
+of the same name, quality-X.png, is shown beneath its table.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from hf_flash_mc.megacontext.quality import BOOTSTRAPS, compare, needle_table, table_of
 
-PAGES = ("megacontext.md", "benchmarks.md")  # of docs/
+PAGES = ("megacontext.md", "benchmarks.md", "guards.md")  # of docs/
 SETTLED = 10_000  # tokens of a soak after which memory should not grow
 Found = dict[str, Any]
 
@@ -99,6 +99,13 @@ def kills(found: Found) -> str:
     return markdown_table(head, body)
 
 
+def guards(found: Found) -> str:
+    """What ran on a GPU, on which commit, and what it found."""
+    rows = found["rows"]
+    body = [[r["guard"], f"{r['cases']:,}", str(r["errors"]), r["commit"], f"`{r['command']}`"] for r in rows]
+    return markdown_table(["guard", "cases", "errors", "commit", "command"], body)
+
+
 def activations(found: Found) -> str:
     """Ours and eager side by side, "read / learn", and how much less the fuller part of ours takes."""
     pairs: dict[tuple[Any, ...], dict[str, Found]] = {}
@@ -127,14 +134,19 @@ KINDS: dict[str, tuple[str, Callable[[Found], str]]] = {
     "parts": ("megacontext-*.json", parts),
     "activations": ("activation-memory-*.json", activations),
     "kills": ("training-kills-*.json", kills),
+    "guards": ("guards-*.json", guards),
 }
 
 
 def origin(run: Found, path: Path) -> str:
-    """Where and how a file was measured."""
+    """Where and how a file was measured; a file of several commands names them, and their commits, line by line."""
+    how = (
+        f"commit {(run['commit'] or 'unknown')[:12]}, {run['date']}; `{run['command']}`"
+        if "command" in run
+        else run["date"]
+    )
     return (
-        f"{run['device']}, {run['dtype']}, torch {run['torch']}, transformers {run['transformers']}, commit "
-        f"{(run['commit'] or 'unknown')[:12]}, {run['date']}; `{run['command']}`. "
+        f"{run['device']}, {run['dtype']}, torch {run['torch']}, transformers {run['transformers']}, {how}. "
         f"[{path.name}](../benchmarks/results/{path.name})"
     )
 

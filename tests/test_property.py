@@ -1,8 +1,9 @@
 """Every back end against the float64 reference, over calls that hypothesis draws.
 
 ``HF_FLASH_MC_CASES`` sets the number of draws for each back end and ``HF_FLASH_MC_REPEATS`` how often each is run, with
-other lengths and values: on a GPU a draw compiles some five kernels, and repeats share them. 3200 cases on an H100:
-``HF_FLASH_MC_CASES=200 HF_FLASH_MC_REPEATS=16 HF_FLASH_MC_SHARDS=16 pytest tests/test_property.py -k triton -n 16``.
+other lengths and values: on a GPU a draw compiles some five kernels, and repeats share them. 3072 cases in 6 minutes:
+``HF_FLASH_MC_CASES=128 HF_FLASH_MC_REPEATS=24 HF_FLASH_MC_SHARDS=16 pytest tests/test_property.py -o timeout=600 -n 16
+-k triton``.
 Of the draws for triton, those with an odd seed run on the general kernels alone (``shapes.ENABLED``).
 The draws are deterministic; a failure prints the ``Case`` to run again with ``helpers.run_case``.
 """

@@ -295,7 +295,7 @@ def explain_attention(q: Tensor, k: Tensor, v: Tensor, *, impl: str = "auto", **
             chosen, why_not = back_end.choose(q, k, v, spec, varlen)
             reasons += [f"not on hopper: {reason}" for reason in why_not]
         if chosen == "hopper" and not problems:
-            reasons += library.back_end("hopper").notes(q, k, v, spec, varlen, impl == "hopper")
+            reasons += library.back_end("hopper").notes(q, k, v, spec, varlen)
     if impl == "auto":
         reasons = _WHY.get(chosen, []) + reasons
     return Explanation(None if problems else chosen, reasons + problems)

@@ -79,7 +79,7 @@ def _hopper_forward(
 ) -> tuple[Tensor, Tensor]:
     from .hopper.launch import run_forward
 
-    return run_forward(plan, q, k, v, spec, varlen, None, False)
+    return run_forward(plan, q, k, v, spec, varlen)
 
 
 def backward(
@@ -90,5 +90,5 @@ def backward(
     if choose(q, k, v, spec, varlen)[0] == "hopper":
         from .hopper import launch as hopper
 
-        return hopper.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen, False)
+        return hopper.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen)
     return portable.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen)

@@ -1,8 +1,7 @@
 """Compiles the Hopper backward for sm_90 where there is no GPU; prints what each variant costs, a JSON line each.
 
 A process of its own, because tests may have imported the portable kernels for the interpreter. The real launch code
-runs on small CPU tensors (see benchmarks/compile_matrix.py); names of variants are the arguments. Without a "+"
-behind it a variant is what ``auto`` takes, with one what ``impl="hopper"`` does.
+runs on small CPU tensors (see benchmarks/compile_matrix.py); names of variants are the arguments.
 """
 
 from __future__ import annotations
@@ -57,7 +56,6 @@ def costs(head_dim: int, feature: str) -> dict[str, Any]:
 
     q, k, v, dout, out = (torch.zeros(B, S, H, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(5))
     lse, varlen = torch.zeros(B, H, S), None
-    named, feature = feature.endswith("+"), feature.removesuffix("+")
     if feature == "varlen":
         q, k, v, dout, out = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v, dout, out))
         cu = torch.arange(0, B * S + 1, S, dtype=torch.int32)
@@ -69,7 +67,7 @@ def costs(head_dim: int, feature: str) -> dict[str, Any]:
         mock.patch.object(plan, "INTERPRETED", True),  # no second launch, by the compiled kernel itself
         mock.patch.object(hopper_plan, "_runner", return_value=None),
     ):
-        backward_launch.backward(dout, None, q, k, v, out, lse, spec, needs, False, varlen, None, named)
+        backward_launch.backward(dout, None, q, k, v, out, lse, spec, needs, False, varlen)
     kernel = found["attn_bwd_hopper_kernel"]
     registers, spills, unset = cubin_resources(kernel.asm["cubin"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -78,7 +76,7 @@ def costs(head_dim: int, feature: str) -> dict[str, Any]:
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
         code = subprocess.check_output([tools / "nvdisasm", "-c", file.name], text=True, stderr=subprocess.DEVNULL)
     return {
-        "variant": f"{head_dim}-{feature}" + "+" * named,
+        "variant": f"{head_dim}-{feature}",
         "triton": triton.__version__,
         "registers": registers,
         "spills": spills,

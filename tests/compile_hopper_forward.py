@@ -2,7 +2,6 @@
 
 A process of its own, because tests may have imported the portable kernels for the interpreter. The real launch code
 runs on small CPU tensors (see benchmarks/compile_matrix.py); names of variants are the arguments: 128-causal-4096.
-A feature without a "+" behind it is what ``auto`` takes, with one (128-softcap+-4096) what ``impl="hopper"`` does.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def costs(head_dim: int, name: str, s: int) -> dict[str, Any]:
         found[self.__name__] = kernel = run(self, *args, grid=grid, warmup=True, **options)
         return kernel
 
-    options, packed = feature(name.removesuffix("+"), s)
+    options, packed = feature(name, s)
     q, k, v = (torch.zeros(B, s, H, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
     varlen = None
     if packed:
@@ -75,7 +74,7 @@ def costs(head_dim: int, name: str, s: int) -> dict[str, Any]:
         mock.patch.object(hopper_plan, "_runner", return_value=None),
     ):
         spec = Spec(**options)
-        launch.run_forward(plan.plan_of(q, k, v, spec, varlen), q, k, v, spec, varlen, None, name.endswith("+"))
+        launch.run_forward(plan.plan_of(q, k, v, spec, varlen), q, k, v, spec, varlen)
     kernel = found["attn_fwd_hopper_kernel"]
     registers, spills, unset = cubin_resources(kernel.asm["cubin"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -22,11 +22,10 @@ from gluon_emulator import EmulatedKernel, EmulatorError, emulated
 from helpers import Case, check_bound, exact_attention, make_inputs, naive_attention, poisoned_empty
 
 from hf_flash_mc.ops import auto
-from hf_flash_mc.ops.hopper import forward, launch, untimed
+from hf_flash_mc.ops.hopper import forward, launch
 from hf_flash_mc.ops.hopper import plan as hopper_plan
 from hf_flash_mc.ops.hopper.plan import HopperConfig
 from hf_flash_mc.ops.portable import plan
-from hf_flash_mc.ops.portable.common import RECIPROCAL_CAP
 from hf_flash_mc.ops.portable.plan import FLAGS, features
 from hf_flash_mc.ops.spec import Spec
 from hf_flash_mc.ops.tuning import Config
@@ -138,27 +137,25 @@ def test_how_many_heads_go_together(heads: int, tiles: int, found: int) -> None:
     assert hopper_plan.heads_together(f._replace(CAUSAL=False), heads, tiles, *launch.TOGETHER, 4) in (1, 2, 4)
 
 
-STAGED = HopperConfig(2, 32, 2, True, staged=True)
-UNTIMED = [
-    (Case(**BF16, Sq=130, Sk=130, causal=True, softcap=2.0), None),
-    (Case(**{**BF16, "dtype": torch.float16}, Sq=70, Sk=130, causal=True, softcap=3.0), None),
-    (Case(**BF16, Sq=70, Sk=130, softcap=3.0, alibi="h"), TWO._replace(cap_form=RECIPROCAL_CAP)),
-    (Case(**{**BF16, "B": 2, "Hq": 4, "Hkv": 2}, Sq=140, Sk=300, key_log_weight="bh-", causal=True, poison=True),
-     STAGED),
-    (Case(**{**BF16, "D": 128}, Sq=70, Sk=300, key_log_weight="h", softcap=3.0), None),
-    (Case(**BF16, varlen=((70, 170), (190, 60)), key_ranges="packed", key_log_weight="h-", sinks=True), STAGED),
+MANY_TILES = [
+    Case(**{**BF16, "B": 2, "Hq": 4, "Hkv": 2}, Sq=140, Sk=300, key_log_weight="bh-", causal=True, poison=True),
+    Case(**BF16, Sq=70, Sk=300, key_log_weight="h-", dropout_p=0.2, scale=0.3, poison=True),
+    Case(**{**BF16, "dtype": torch.float16, "D": 128}, Sq=70, Sk=300, key_log_weight="h", softcap=3.0),
+    Case(**BF16, Sq=70, Sk=130, softcap=3.0, alibi="h"),
+    Case(**BF16, varlen=((70, 170), (190, 60)), key_ranges="packed", key_log_weight="h-", sinks=True),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("case", "config"), UNTIMED, ids=str)
-def test_what_only_the_named_back_end_takes(case: Case, config: HopperConfig | None) -> None:
-    run_forward(case, config)
+@pytest.mark.parametrize("case", MANY_TILES, ids=str)
+def test_slots_of_weights_are_used_again(case: Case) -> None:
+    run_forward(case, HopperConfig(2, 32, 2, True))
 
 
 RELEASE = "bar_arrive(K_FREE + stage, GROUPS * 128 + 32)"
 WAIT = "s = warpgroup_mma_wait(2 if C.HALVES else 1, deps=(s,))"
 INDENT = "\n            "
-BETWEEN = f"{INDENT}if C.STAGED:{INDENT}    weight, removed = _staged_weights(weights_s, count + 1, COL, C){INDENT}"
+STAGED = "weight, removed = _staged_weights(weights_s, count + 1, COL, F, C)"
+BETWEEN = f"{INDENT}if F.HAS_WEIGHT:{INDENT}    {STAGED}{INDENT}"
 MUTATIONS = {
     "keys-released-before-their-product-is-done": (f"{WAIT}{BETWEEN}{RELEASE}", f"{RELEASE}{BETWEEN}{WAIT}"),
     "wrong-phase": ("((count + 1) // STAGES) & 1)", "(((count + 1) // STAGES) & 1) ^ 1)"),
@@ -291,22 +288,4 @@ def test_auto_takes_what_is_faster(sizes: tuple[int, int, int], chosen: str, wor
         assert found == chosen
         assert word in "".join(reasons)
         assert (auto.forward(*call) == "portable") == (chosen == "triton")
-    plan.forget()
-
-
-def test_auto_leaves_what_no_gpu_has_timed() -> None:
-    """And says so; naming the back end takes it."""
-    packed = make_inputs(Case(**BF16, varlen=((70, 130), (130, 70))))
-    wide = make_inputs(Case(**{**BF16, "D": 256}, Sq=70, Sk=70))
-    none, every = (dict.fromkeys(untimed.AUTO_TAKES, taken) for taken in (False, True))
-    for inputs, form in ((packed, "packed backward"), (wide, "backward of wide heads")):
-        call = (inputs.q, inputs.k, inputs.v, inputs.spec, inputs.varlen)
-        plan.forget()
-        with mock.patch.object(launch, "EMULATED", True):
-            with mock.patch.dict(untimed.AUTO_TAKES, none):
-                assert form in "".join(launch.notes(*call, False))
-                assert launch.notes(*call, True) == []
-            plan.forget()
-            with mock.patch.dict(untimed.AUTO_TAKES, every):
-                assert launch.notes(*call, False) == []
     plan.forget()

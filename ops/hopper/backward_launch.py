@@ -24,7 +24,6 @@ from .backward_rows import (
 from .backward_tiles import Schedule
 from .plan import Launch, cap_form, items_of, padded, strided, tiles, tma_problem
 from .programs import idle_counters, multiprocessors, programs
-from .untimed import taken
 
 HEAD_DIMS = (40, 256)  # below, padding to 64 wastes more than the fused form saves
 NARROW = 64  # no form has a head dim up to this beside one above 128
@@ -77,7 +76,6 @@ def unsupported_backward(
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: Spec,
     needs: Needs, deterministic: bool, varlen: Varlen | None = None, configs: Configs | None = None,
-    named: bool = True,
 ) -> Gradients:  # fmt: skip
     """The gradients that ``needs`` names, for a call that ``unsupported_backward`` finds no reason against.
 
@@ -90,22 +88,22 @@ def backward(
         out = out.contiguous()
     schedule = configs.get("bwd") if configs else None
     weighed = needs.dkey_log_weight and spec.key_log_weight is not None
-    steps = _steps(plan, q, k, v, dout, out, dlse, weighed, schedule, named)
+    steps = _steps(plan, q, k, v, dout, out, dlse, weighed, schedule)
     return steps.run(dout, dlse, q, k, v, out, lse, spec, needs, varlen)
 
 
 def _steps(
     plan: Plan, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, dlse: Tensor | None = None,
-    weighed: bool = False, schedule: Schedule | None = None, named: bool = True,
+    weighed: bool = False, schedule: Schedule | None = None,
 ) -> _Steps:  # fmt: skip
     """The launches of a signature, kept with the plan."""
     key = (
-        "hopper-bwd", schedule, weighed, named, dout.stride(), out.stride(),
+        "hopper-bwd", schedule, weighed, dout.stride(), out.stride(),
         None if dlse is None else (dlse.stride(), dlse.dtype),
     )  # fmt: skip
     steps = plan.launches.get(key)
     if steps is None:
-        steps = plan.launches[key] = _Steps(plan, q, k, v, dout, out, dlse, weighed, schedule, named)
+        steps = plan.launches[key] = _Steps(plan, q, k, v, dout, out, dlse, weighed, schedule)
     return steps
 
 
@@ -119,7 +117,7 @@ def repeated(
     if steps is None:
         if tma_problem(dout) is not None or out.stride(-1) != 1:
             return None
-        steps = call.steps[key] = _steps(call.plan, q, k, v, dout, out, named=call.named)
+        steps = call.steps[key] = _steps(call.plan, q, k, v, dout, out)
     if steps.bare:
         return steps.run_bare(dout, q, k, v, out, lse)
     return steps.run(dout, None, q, k, v, out, lse, call.spec, ALL, None)[:3]
@@ -130,11 +128,11 @@ def _parts(items: int, walk: int, multiprocessors: int) -> int:
     return max(1, min(multiprocessors // items, walk // MIN_STEPS))
 
 
-def shipped_schedule(plan: Plan, named: bool = False) -> Schedule:
+def shipped_schedule(plan: Plan) -> Schedule:
     """The table's schedule for a call. Measured on an H100."""
     found = SCHEDULES[max(padded(plan.d), padded(plan.dv))]
     if plan.softcap > 0:
-        found = found._replace(AHEAD=False, CAP_FORM=cap_form(plan.dtype) if taken("softcap", named) else 0)
+        found = found._replace(AHEAD=False, CAP_FORM=cap_form(plan.dtype))
     return found
 
 
@@ -156,10 +154,9 @@ class _Steps:
         dlse: Tensor | None,
         weighed: bool,
         schedule: Schedule | None,
-        named: bool,
     ):
         width, width_v = padded(plan.d), padded(plan.dv)
-        schedule = schedule or tuned("hopper_bwd", plan, Schedule) or shipped_schedule(plan, named)
+        schedule = schedule or tuned("hopper_bwd", plan, Schedule) or shipped_schedule(plan)
         block, keys = 64 * schedule.SUBS, 64 if schedule.WIDE else 128
         f = features(Config(block, keys, 4, 1), plan.d, plan.dv, plan.flags, weight_grad=weighed)
         # a packed sequence's last tile reads its neighbour's rows, which may be NaN

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..portable.common import INT_MAX, LOG2E, Features, masked_start, row_ranges
+from ..portable.common import INT_MAX, Features, masked_start, row_ranges
 from .shim import gl, gluon
 
 GROUP_ROWS = 64  # query rows of a warpgroup: the M of one wgmma
@@ -30,7 +30,6 @@ class Cut(NamedTuple):
     OUT_COLUMNS: int  # of out, staged at once
     CAPPED: bool  # tanh is computed by an instruction, on logits that nothing is added to
     HALVES: bool  # half of a tile's exponentials come behind the wait for P V, over the work that waited for it
-    STAGED: bool = False  # the producer brings key_log_weight through shared memory, in base 2
     STACKED: bool = False  # tiles of packed sequences are counted behind each other: see packed_tile
 
 
@@ -177,12 +176,3 @@ def halves(x, LAYOUT: gl.constexpr):
     """The left and the right columns of a tile, in registers as they are."""
     left, right = x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute(0, 2, 1).split()
     return gl.convert_layout(left, LAYOUT), gl.convert_layout(right, LAYOUT)
-
-
-@gluon.jit
-def weigh(s, weight, STAGED: gl.constexpr):
-    """Base-2 logits plus key_log_weight [N], in base 2 where STAGED."""
-    if STAGED:
-        return s + weight[None, :]
-    else:
-        return s + (weight * LOG2E)[None, :]

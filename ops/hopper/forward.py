@@ -31,7 +31,6 @@ from .common import (
     tile_hull,
     tile_start,
     unpack_record,
-    weigh,
 )
 from .dropout import bits_by_row, drop_by_row
 from .shim import (
@@ -96,12 +95,15 @@ def _stage_weights(weights_s, slot, weight):
 
 
 @gluon.jit
-def _staged_weights(weights_s, count, LAYOUT: gl.constexpr, C: gl.constexpr):
-    """What ``_stage_weights`` staged for the tile that is ``count`` over all items."""
-    values_s, removed_s = weights_s
-    slot = count % (C.STAGES + 1)
-    removed = gl.sum(removed_s.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-    return values_s.index(slot).load(LAYOUT), removed != 0
+def _staged_weights(weights_s, count, LAYOUT: gl.constexpr, F: gl.constexpr, C: gl.constexpr):
+    """What ``_stage_weights`` staged for the tile that is ``count`` over all items; nothing without weights."""
+    if F.HAS_WEIGHT:
+        values_s, removed_s = weights_s
+        slot = count % (C.STAGES + 1)
+        removed = gl.sum(removed_s.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+        return values_s.index(slot).load(LAYOUT), removed != 0
+    else:
+        return 0.0, False
 
 
 @gluon.jit
@@ -203,13 +205,13 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, weights_s, barrier
             if i < masked + full_tiles:
                 stage = count % STAGES
                 n0 = k_start + tile_start(i, plan, BLOCK_N)
-                if C.STAGED:
+                if F.HAS_WEIGHT:
                     weight = _lane_weights(weights, n0 - k_start, sk, F)
                 if count >= STAGES:
                     bar_sync(K_FREE + stage, GROUPS * 128 + 32)
                 mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
                 tma_load(k_desc, [tma_batch, head_k, n0, 0], k_full.index(stage), k_s.index(stage))
-                if C.STAGED:
+                if F.HAS_WEIGHT:
                     _stage_weights(weights_s, count % (STAGES + 1), weight)
                     mbarrier.arrive(k_full.index(stage), count=1)
                 if i == gl.maximum(masked + full_tiles - AHEAD, 0):
@@ -297,24 +299,6 @@ def _wait_for_values(v_s, v_full, cleaned, phases, count, i, plan, seen, removed
 
 
 @gluon.jit
-def _tile_weights(weight_ptr, n0, sk, LAYOUT: gl.constexpr, F: gl.constexpr):
-    """key_log_weight of a tile's keys [BLOCK_N]; nothing where there is none."""
-    if F.HAS_WEIGHT:
-        col = n0 + gl.arange(0, F.BLOCK_N, layout=LAYOUT)
-        return gl.load(weight_ptr + col, mask=col < sk, other=0.0).to(gl.float32)
-    else:
-        return 0.0
-
-
-@gluon.jit
-def _any_removed(weight, F: gl.constexpr):
-    if F.HAS_WEIGHT:
-        return gl.min(weight, 0) == float("-inf")
-    else:
-        return False
-
-
-@gluon.jit
 def _tile_maximum(s, m, n0, masked, lo, hi, row, weight, removed, terms, rules, LAYOUT: gl.constexpr, F: gl.constexpr,
                   C: gl.constexpr):  # fmt: skip
     """From a tile of q.k to logits, visibility, and the rows' maxima: see ``new_maximum``."""
@@ -331,7 +315,7 @@ def _tile_maximum(s, m, n0, masked, lo, hi, row, weight, removed, terms, rules, 
         s, _ = tile_logits(s, row[:, None], col[None, :], scale, softcap, slope, None, 0, 0, None, sq, sk, LOGITS)
     edge = masked
     if F.HAS_WEIGHT:
-        s = weigh(s, weight, C.STAGED)
+        s = s + weight[None, :]
         edge = masked | removed  # two branches would become one path of selects, for every tile
     if edge:
         s = hide(s, lo, hi, col, F)
@@ -460,12 +444,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
         if n_tiles == 1:
             bar_arrive(q_free, GROUPS * 128 + 32)
         n0 = tile_start(0, plan, BLOCK_N)
-        if C.STAGED:
-            weight, removed = _staged_weights(weights_s, count, COL, C)
-        else:
-            weight = _tile_weights(weights, n0, sk, COL, F)
-            removed = _any_removed(weight, F)
-            coming = _tile_weights(weights, tile_start(1, plan, BLOCK_N), sk, COL, F)
+        weight, removed = _staged_weights(weights_s, count, COL, F, C)
         bits = bits_by_row(dropout, row0, n0, F)
         s, m, safe, alpha = _tile_maximum(s, m, n0, masked > 0, lo, hi, row, weight, removed, terms, rules, LS, F, C)
         p, own = _exponentials(s, safe, terms, SUMS, F, C)
@@ -492,14 +471,10 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             if C.TURNS:
                 bar_arrive(TURN + (GROUP + 1) % GROUPS, 256)
             n0 = tile_start(i, plan, BLOCK_N)
-            if not C.STAGED:
-                weight = coming
-                removed = _any_removed(weight, F)
-                coming = _tile_weights(weights, tile_start(i + 1, plan, BLOCK_N), sk, COL, F)  # a tile ahead
             bits = bits_by_row(dropout, row0, n0, F)
             s = warpgroup_mma_wait(2 if C.HALVES else 1, deps=(s,))
-            if C.STAGED:
-                weight, removed = _staged_weights(weights_s, count + 1, COL, C)
+            if F.HAS_WEIGHT:
+                weight, removed = _staged_weights(weights_s, count + 1, COL, F, C)
             bar_arrive(K_FREE + stage, GROUPS * 128 + 32)
             if i == n_tiles - 1:
                 bar_arrive(q_free, GROUPS * 128 + 32)
@@ -641,7 +616,7 @@ def attn_fwd_hopper_kernel(q_desc, k_desc, v_desc, o_desc, ranges_ptr, weight_pt
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     cleaned = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     weights_s = (0, 0)
-    if C.STAGED:
+    if F.HAS_WEIGHT:
         PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
         values_s = gl.allocate_shared_memory(gl.float32, [STAGES + 1, BLOCK_N], PLAIN)
         removed_s = gl.allocate_shared_memory(gl.int32, [STAGES + 1, 1], PLAIN)
@@ -653,7 +628,7 @@ def attn_fwd_hopper_kernel(q_desc, k_desc, v_desc, o_desc, ranges_ptr, weight_pt
     mbarrier.init(wanted, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(cleaned.index(i), count=1)
-        mbarrier.init(k_full.index(i), count=2 if C.STAGED else 1)
+        mbarrier.init(k_full.index(i), count=2 if F.HAS_WEIGHT else 1)
         mbarrier.init(v_full.index(i), count=1)
     fence_async_shared()
 

@@ -20,7 +20,6 @@ from . import backward_launch as fused
 from .forward import attn_fwd_hopper_kernel
 from .plan import HopperConfig, Launch, items_of, strided, tiles, tma_problem, variant
 from .programs import idle_counters, programs
-from .untimed import taken, untimed
 
 MAX_HEAD_DIM = 256
 TOGETHER = 512, 32  # tiles and heads: the fastest of many on an H100, causal, S 1024 to 16384
@@ -73,14 +72,13 @@ def forward(
 
 
 def run_forward(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None, config: HopperConfig | None = None,
-    named: bool = True,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The forward of a call that is known to be supported; ``named`` as in ``backward``."""
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None, config: HopperConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """The forward of a call that is known to be supported."""
     out, lse = new_strided(q, plan.out_layout), new_strided(q, plan.lse_layout, torch.float32)
-    launch = plan.launches.get(("hopper-fwd", config, named))
+    launch = plan.launches.get(("hopper-fwd", config))
     if launch is None:
-        launch = plan.launches["hopper-fwd", config, named] = _forward_launch(plan, q, k, v, out, config, named)
+        launch = plan.launches["hopper-fwd", config] = _forward_launch(plan, q, k, v, out, config)
     cu_q = cu_k = None
     if varlen is not None:
         cu_q, cu_k = varlen[:2]
@@ -93,9 +91,9 @@ def run_forward(
 
 
 def _forward_launch(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, config: HopperConfig | None, named: bool
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, config: HopperConfig | None
 ) -> Launch:
-    f, cut, config = variant(plan, config, named)
+    f, cut, config = variant(plan, config)
     together = (*TOGETHER, 4 if cut.DV <= 128 else 1)
     items = items_of(plan, f, f.BLOCK_M, plan.sq, plan.max_q, plan.hq, *together)
     cut = cut._replace(STACKED=items.stacked)
@@ -113,14 +111,11 @@ def _forward_launch(
 
 def backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spec: Spec,
-    needs: Needs, deterministic: bool, varlen: Varlen | None = None, named: bool = True,
+    needs: Needs, deterministic: bool, varlen: Varlen | None = None,
 ) -> Gradients:  # fmt: skip
-    """The gradients that ``needs`` names: by the fused kernel where it runs, else by the portable ones.
-
-    ``named`` says that ``impl="hopper"`` asked for these kernels: see untimed.py.
-    """
-    if not backward_reasons(q, k, v, spec, needs, deterministic, varlen, named):
-        return fused.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen, None, named)
+    """The gradients that ``needs`` names: by the fused kernel where it runs, else by the portable ones."""
+    if not backward_reasons(q, k, v, spec, needs, deterministic, varlen):
+        return fused.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen)
     return portable.backward(dout, dlse, q, k, v, out, lse, spec, needs, deterministic, varlen)
 
 
@@ -128,9 +123,9 @@ class Call:
     """What ``repeat`` keeps of a call on these kernels."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, impl: str, spec: Spec):
-        self.kept, self.spec, self.named = (impl, (), spec[10:], ()), spec, impl == "hopper"
+        self.kept, self.spec = (impl, (), spec[10:], ()), spec
         self.plan = plan_of(q, k, v, spec, None)
-        reasons = backward_reasons(q, k, v, spec, portable.ALL, False, None, self.named)
+        reasons = backward_reasons(q, k, v, spec, portable.ALL, False)
         self.fused = not reasons
         self.launch: Launch | None = None
         self.steps: dict[Any, Any] = {}  # of the backward, by the layouts of dout and out
@@ -151,8 +146,8 @@ def _repeated_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tens
     """``run_forward`` of a call that was made before and has no optional tensors: each address is asked for once."""
     plan, launch = call.plan, call.launch
     if launch is None or launch.runner is None:
-        out, lse = run_forward(plan, q, k, v, call.spec, None, None, call.named)
-        call.launch = plan.launches["hopper-fwd", None, call.named]
+        out, lse = run_forward(plan, q, k, v, call.spec, None)
+        call.launch = plan.launches["hopper-fwd", None]
         return out, lse
     out, lse = new_strided(q, plan.out_layout), new_strided(q, plan.lse_layout, torch.float32)
     out_at = out.data_ptr()
@@ -165,24 +160,18 @@ def _repeated_forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tens
 
 
 def backward_reasons(
-    q: Tensor, k: Tensor, v: Tensor, spec: Spec, needs: Needs, deterministic: bool, varlen: Varlen | None = None,
-    named: bool = True,
-) -> list[str]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, spec: Spec, needs: Needs, deterministic: bool, varlen: Varlen | None = None
+) -> list[str]:
     """Why the fused backward does not run, kept with the plan."""
     kept = plan_of(q, k, v, spec, varlen).launches
-    key = ("hopper-bwd-unsupported", needs, deterministic, named)
+    key = ("hopper-bwd-unsupported", needs, deterministic)
     if key not in kept:
         kept[key] = fused.unsupported_backward(q, k, v, spec, needs, deterministic, varlen)
-        wide = max(q.shape[-1], v.shape[-1]) > 128
-        asked = {"packed backward": varlen is not None, "backward of wide heads": wide}
-        kept[key] = kept[key] + [untimed(form) for form, given in asked.items() if given and not taken(form, named)]
     return kept[key]
 
 
-def notes(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None, named: bool) -> list[str]:
+def notes(q: Tensor, k: Tensor, v: Tensor, spec: Spec, varlen: Varlen | None) -> list[str]:
     """What there is to know of a call that these kernels take: why its backward is the portable one."""
     needs = Needs(dkey_log_weight=spec.key_log_weight is not None, dsinks=spec.sinks is not None)
-    reasons = backward_reasons(q, k, v, spec, needs, torch.are_deterministic_algorithms_enabled(), varlen, named)
-    found = [f"backward by the portable kernels: {reason}" for reason in reasons]
-    asked = {"softcap": spec.softcap > 0, "key_log_weight": spec.key_log_weight is not None}
-    return found + [untimed(form) for form, given in asked.items() if given and not taken(form, named)]
+    reasons = backward_reasons(q, k, v, spec, needs, torch.are_deterministic_algorithms_enabled(), varlen)
+    return [f"backward by the portable kernels: {reason}" for reason in reasons]

@@ -16,7 +16,6 @@ from ..spec import Spec
 from ..tuning import Config, tuned
 from .common import GROUP_ROWS, Cut
 from .shim import gl
-from .untimed import taken
 
 ELEMENT = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
@@ -31,8 +30,6 @@ class HopperConfig(NamedTuple):
     split: bool = True
     registers: int = 240
     programs: int = 1  # on one multiprocessor
-    staged: bool = False  # key_log_weight comes through shared memory
-    cap_form: int = EXACT_CAP  # of softcap: see capped, in portable/common.py
 
 
 # By padded head dim. Three warpgroups share a tile of keys between 192 rows, where walks are long and 192 divides well.
@@ -42,12 +39,6 @@ USUAL = {
     256: HopperConfig(2, 64, 2, True),
 }
 LONG_64 = HopperConfig(3, 128, 3, True, registers=160)
-# fewer keys a tile where logits take registers of their own
-WEIGHT = USUAL | {128: HopperConfig(2, 64, 3, True)}
-
-# what untimed.py speaks of
-STAGED = {64: HopperConfig(2, 128, 3, True, staged=True), 128: HopperConfig(2, 128, 2, True, staged=True),
-          256: HopperConfig(2, 64, 2, True, staged=True)}  # fmt: skip
 
 
 def cap_form(dtype: torch.dtype) -> int:
@@ -60,41 +51,32 @@ def padded(d: int) -> int:
     return max(64, 1 << (d - 1).bit_length())
 
 
-def default_config(f: Features, plan: Plan, named: bool = False) -> HopperConfig:
-    """The table's configuration for a call with these features and lengths. Measured on an H100, but for untimed.py."""
-    config = _default_config(f, plan, named)
-    if f.HAS_SOFTCAP and taken("softcap", named):
-        config = config._replace(cap_form=cap_form(plan.dtype))
-    return config
-
-
-def _default_config(f: Features, plan: Plan, named: bool) -> HopperConfig:
+def default_config(f: Features, plan: Plan) -> HopperConfig:
+    """The table's configuration for a call with these features and lengths. Measured on an H100."""
     width = max(padded(f.D), padded(f.DV))
-    if f.HAS_DROPOUT:  # whose bits are for all of a tile: fewer keys cost 8 % (head dim 128) and 30 % (256)
-        return USUAL[width]
-    if f.HAS_WEIGHT:
-        return (STAGED if taken("key_log_weight", named) else WEIGHT)[width]
     bounded = f.CAUSAL or f.HAS_LEFT or f.HAS_RIGHT or f.HAS_RANGES or f.VARLEN
-    if width == 64 and not f.HAS_SOFTCAP and plan.max_k >= (8192 if bounded else 2048) and not f.HAS_LEFT:
+    # bits of dropout are for all of a tile: fewer keys cost 8 % (head dim 128) and 30 % (256)
+    more = f.HAS_DROPOUT or f.HAS_WEIGHT or f.HAS_SOFTCAP
+    if width == 64 and not more and plan.max_k >= (8192 if bounded else 2048) and not f.HAS_LEFT:
         return LONG_64
     return USUAL[width]
 
 
-def variant(plan: Plan, config: HopperConfig | None = None, named: bool = False) -> tuple[Features, Cut, HopperConfig]:
+def variant(plan: Plan, config: HopperConfig | None = None) -> tuple[Features, Cut, HopperConfig]:
     """The two constexprs of a call's forward kernel."""
     d, dv = padded(plan.d), padded(plan.dv)
     f = features(Config(64, 64, 4, 1, True), plan.d, plan.dv, plan.flags, cut=lambda n: (padded(n),))
-    config = config or tuned("hopper_fwd", plan, HopperConfig) or default_config(f, plan, named)
+    config = config or tuned("hopper_fwd", plan, HopperConfig) or default_config(f, plan)
     # a packed sequence's last tile reads the neighbour's keys, which may be NaN
     f = f._replace(BLOCK_M=GROUP_ROWS * config.groups, BLOCK_N=config.block_n, SANITIZE=f.SANITIZE or plan.packed,
-                   CAP_FORM=config.cap_form)  # fmt: skip
+                   CAP_FORM=cap_form(plan.dtype) if f.HAS_SOFTCAP else EXACT_CAP)  # fmt: skip
     # three warpgroups hide that work for each other (2 % slower); with key_log_weight halves were 16 % slower
     halves = config.groups == 2 and not (f.HAS_DROPOUT or f.HAS_WEIGHT)
     cut = Cut(
         d, dv, config.groups, config.stages, config.turns, config.split, config.registers, f._replace(HAS_WEIGHT=False),
         Q_SLOTS=2 if max(d, dv) <= 128 else 1, OUT_COLUMNS=min(dv, 128),
         CAPPED=f.CAP_FORM > 0 and not (f.HAS_ALIBI or f.HAS_WEIGHT),
-        HALVES=halves, STAGED=config.staged and f.HAS_WEIGHT,
+        HALVES=halves,
     )  # fmt: skip
     return f, cut, config
 

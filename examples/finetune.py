@@ -158,6 +158,7 @@ def make_trainable(model: Any, options: argparse.Namespace, alone: bool) -> Any:
     if options.checkpointing:
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+        base.disable_input_require_grads()  # only the reentrant kind needs them, and torch 2.11 cannot compile the hook
     forward, loss = model.forward, summed_loss
     if not options.no_compile and not alone:
         loss = torch.compile(loss, fullgraph=True)

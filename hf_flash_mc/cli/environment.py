@@ -13,7 +13,7 @@ import torch
 
 import hf_flash_mc
 
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft")
+PACKAGES = ("triton", "transformers", "accelerate", "peft")
 PEERS = (("FA3", "flash_attn_interface"), ("FA4-CuTe", "flash_attn.cute"))
 # the calls whose back end is explained: name, head dim, queries, keys and the option beside
 SAMPLE_CALLS: tuple[tuple[str, tuple[int, int, int, str]], ...] = (
@@ -26,7 +26,8 @@ SAMPLE_CALLS: tuple[tuple[str, tuple[int, int, int, str]], ...] = (
 
 def describe_environment() -> str:
     """One "name: value" line each: versions, Python, system, GPUs, environment variables, back ends and why, caches."""
-    lines = [f"hf-flash-mc: {hf_flash_mc.__version__}"]
+    # torch says itself for which CUDA it was built; the metadata of its wheels need not
+    lines = [f"hf-flash-mc: {hf_flash_mc.__version__}", f"torch: {torch.__version__}"]
     lines += [f"{name}: {installed_version(name)}" for name in PACKAGES]
     lines.append(f"python: {platform.python_version()} on {platform.platform()}")
     lines.append(f"cpu: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")

@@ -152,7 +152,8 @@ def sections(figures: Figures, everything: bool) -> list[str]:
         ("Windows, cross attention and decoding, forward / backward in ms:",
          figures.cells("windows", "cross", "decode"), bandwidth),
         ("Training step of a Llama-shaped model (8 layers, hidden size 2048, 32/8 heads of 64):", steps, training),
-        ("Fine-tuning step, with AdamW, of such a model of 16 layers (1.1 billion parameters):", tuning, training),
+        ("Fine-tuning step, with AdamW, of a Llama-shaped model (16 layers, hidden size 2048, 32/8 heads of 64, 1.1 "
+         "billion parameters):", tuning, training),
     ]  # fmt: skip
     if everything:
         parts += [(f"Where {what} step's time goes, ms of kernels:", rows, step_parts)

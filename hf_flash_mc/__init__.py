@@ -27,6 +27,22 @@ if TYPE_CHECKING:
     from hf_flash_mc.patches import ContextParallel, patch_model, patch_report, patched, shard_batch, unpatch_model
 
 _SUBPACKAGES = ("cli", "megacontext", "ops", "patches")
+_HOMES = {
+    "ops": (
+        "explain_attention",
+        "flash_attention",
+        "flash_attention_paged",
+        "flash_attention_varlen",
+        "merge_attention",
+        "ring_attention",
+        "shard_sequence",
+        "ulysses_attention",
+        "unshard_sequence",
+    ),
+    "patches": ("ContextParallel", "patch_model", "patch_report", "patched", "shard_batch", "unpatch_model"),
+    "megacontext": ("MegaContextConfig", "attach_megacontext", "detach_megacontext", "load_megacontext"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ContextParallel",
@@ -54,11 +70,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _SUBPACKAGES:
         return import_module(f"{__name__}.{name}")
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    of_ops = name.endswith(("attention", "_varlen", "_paged", "_sequence"))
-    home = "ops" if of_ops else "megacontext" if "mega" in name.lower() else "patches"
-    return getattr(import_module(f"{__name__}.{home}"), name)
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

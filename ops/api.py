@@ -58,7 +58,7 @@ def flash_attention(
         window: ``(left, right)``: row i sees keys from i + Sk - Sq - left to i + Sk - Sq + right; None is unbounded.
         key_ranges: int32 ``[B or 1, Hq or 1, Sq, 2]``: row i sees keys lo <= j < hi, clamped to [0, Sk].
         mask: bool, True = seen, broadcastable to ``[B, Hq, Sq, Sk]``; or a flex_attention BlockMask of B or 1 times
-            Hq or 1 masks, or what ``evaluate_block_mask`` makes of one: on a GPU the cost follows its density.
+            Hq or 1 masks, or what ``ops.evaluate_block_mask`` makes of one: on a GPU the cost follows its density.
         bias: broadcastable to ``[B, Hq, Sq, Sk]``; differentiable. It and the next four: fp32 or q's dtype.
         key_log_weight: ``[B or 1, Hkv or 1, Sk]``: the key weighs like exp(w) keys, -inf removes it; differentiable.
         alibi_slopes: ``[Hq]`` or ``[B, Hq]``: adds -slope * |i + Sk - Sq - j|; no gradient.

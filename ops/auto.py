@@ -1,6 +1,7 @@
 """``impl="auto"`` on a GPU: the Hopper kernels where they run and are the faster ones, else the portable kernels.
 
-Decided call by call below the op, so that compiled and exported programs choose on the GPU they run on.
+Decided call by call below the op, so that compiled and exported programs choose on the GPU they run on. What "auto"
+is on a device, api.py says (``_AUTO``); which portable kernels take a call, portable/shapes.py (``choose``).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from . import continuous_batching as paged
+from . import continuous_batching as batching
 from .attention import KEY, ModuleRecord, Options, refuse_weights, register
 from .context_parallel import add_hooks, check_spreadable, read_context_parallel
 from .models import ADAPTED, adapter_of, uses_interface
@@ -79,7 +79,8 @@ class _State:
     hooks: list[RemovableHandle]
     # former config object, the copy that replaced it, and the copy's attributes at that time
     configs: list[tuple[PreTrainedConfig, PreTrainedConfig, dict[str, Any]]]
-    claim: paged.Claim | None  # with continuous_batching
+    claim: batching.Claim | None  # with continuous_batching
+    held_by: str = ""  # the call that must come before unpatching, as MegaContext stands on a patched model
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A patched model that another process unpickles (torch.load, spawned workers) finds its functions there."""
@@ -152,7 +153,7 @@ def unpatch_model(model: Any) -> Any:
     """Undo patch_model exactly; returns the model (or, for a patched class, the class it came from).
 
     Settings changed on the model's config while it was patched are kept. ValueError if it is not patched, RuntimeError
-    if continuous batching still runs on it; managers that were made for it do not start again.
+    if a MegaContext is attached or continuous batching still runs; managers that were made for it do not start again.
     """
     if isinstance(model, type):
         if "_mc_base" not in vars(model):
@@ -162,6 +163,8 @@ def unpatch_model(model: Any) -> Any:
     state: _State | None = getattr(root, "_mc_state", None)
     if state is None:
         raise ValueError(f"model: {type(root).__name__} is not patched")
+    if state.held_by:
+        raise RuntimeError(f"model: {type(root).__name__} must stay patched; call {state.held_by} first")
     if state.claim is not None:
         state.claim.end(root)
     former = {id(ours): old for old, ours, _ in state.configs}
@@ -183,6 +186,12 @@ def unpatch_model(model: Any) -> Any:
     vars(root).pop("init_continuous_batching", None)
     del root._mc_state
     return model
+
+
+def hold(model: Any, by: str) -> None:
+    """Let unpatch_model refuse until ``by``, a call, was made; an empty text lets go."""
+    state: _State = find_root(model)._mc_state  # type: ignore[assignment]
+    state.held_by = by
 
 
 @contextmanager
@@ -267,7 +276,7 @@ def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
             f"config.output_attentions=True in {asked[0]}: mc_attention forms no attention weights; set it to False"
         )
     adapted = [(m, adapter) for m in root.modules() if (adapter := adapter_of(type(m))) is not None]
-    claim = paged.claim(root, adapted, skipped) if options.continuous_batching else None
+    claim = batching.claim(root, adapted, skipped) if options.continuous_batching else None
     copies = {id(c): copy.copy(c) for c in configs}
     for ours in copies.values():
         for name, held in vars(ours).items():
@@ -294,7 +303,7 @@ def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
     if options.context_parallel is not None:
         state.hooks += add_hooks(root, options.context_parallel, options.packing)
     if claim is None and hasattr(root, "init_continuous_batching"):
-        vars(root)["init_continuous_batching"] = paged.refuse
+        vars(root)["init_continuous_batching"] = batching.refuse
     vars(root)["_mc_state"] = state
 
 

@@ -176,7 +176,7 @@ MUTATIONS = {
 def test_emulator_notices(old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault that would be a race or a deadlock on the GPU fails here: what the other tests rest on."""
     source = Path(forward.__file__).read_text()
-    assert source.count(old) == 1
+    assert source.count(old) == 1, f"the fault's place is not in the kernel as it is written now: {old}"
     path = tmp_path / "mutant.py"
     path.write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location("hf_flash_mc.ops.hopper.mutant", path)

@@ -17,6 +17,7 @@ from hf_flash_mc.megacontext.attach import attach_megacontext, cache_argument, d
 from hf_flash_mc.megacontext.config import MegaContextConfig
 from hf_flash_mc.megacontext.lensnet import GistMassLens, LensInput, OracleLens
 from hf_flash_mc.megacontext.working_context import BudgetError, Edits
+from hf_flash_mc.patches import unpatch_model
 
 CONFIG = MegaContextConfig(
     block_size=4,
@@ -110,6 +111,10 @@ def test_attach_and_detach_leave_no_trace(family: str) -> None:
         assert torch.equal(logits_of(model, ids), before)
         with pytest.raises(RuntimeError, match="disable"):
             model.megacontext.session().ingest(ids)
+        with pytest.raises(RuntimeError, match="outside of"):
+            detach_megacontext(model)
+    with pytest.raises(RuntimeError, match=r"call detach_megacontext\(model\) first"):
+        unpatch_model(model)
     session = model.megacontext.session()
     session.ingest(ids)
     detach_megacontext(model)
@@ -270,6 +275,10 @@ def test_reading_again_changes_nothing_when_nothing_changed() -> None:
     session.check_invariants()
     with pytest.raises(ValueError, match="expected 1 to 60"):
         session.reread(61)
+    shown = list(session.working_context.entries)
+    with pytest.raises(ValueError, match="reread: expected 1 to 60"):
+        session.refocus(reread=61)
+    assert list(session.working_context.entries) == shown, "before an edit is made"
 
 
 def test_attention_mass_is_the_attention_of_the_last_query() -> None:

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_flash_mc.patches import patch_model, unpatch_model
-from hf_flash_mc.patches.api import find_root
+from hf_flash_mc.patches.api import find_root, hold
 
 from .config import MegaContextConfig
 from .gistnet import build_gist
@@ -24,6 +24,7 @@ from .lensnet import build_lens
 from .rope import Rope, rope_of
 
 NAME = "megacontext"
+DETACH = "detach_megacontext(model)"
 PROBE_POSITION = 5  # where a key is compared with the one at position 0: turned by up to 5 radians
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest key; half precision: 3e-2
 
@@ -88,14 +89,16 @@ class MegaContext(nn.Module, ModelHubMixin):
         if not self.enabled:  # within another one
             yield
             return
-        self.enabled = False
         if self._patched_here:
+            hold(self.base, "")
             unpatch_model(self.base)
+        self.enabled = False
         try:
             yield
         finally:
             if self._patched_here:
                 patch_model(self.base)
+                hold(self.base, DETACH)
             self.enabled = True
 
     def save_pretrained(
@@ -176,17 +179,24 @@ def attach_megacontext(model: Any, config: MegaContextConfig | None = None) -> A
     device: torch.device = root.get_input_embeddings().weight.device  # type: ignore[assignment]
     addon = addon.to(device).train(root.training)
     addon._hold, addon._patched_here = (root,), patched_here
+    hold(root, DETACH)
     root.add_module(NAME, addon)
     return model
 
 
 def detach_megacontext(model: Any) -> Any:
-    """Undo `attach_megacontext` exactly; returns the model. ValueError if nothing is attached."""
+    """Undo `attach_megacontext` exactly; returns the model.
+
+    ValueError if nothing is attached, RuntimeError within `MegaContext.disable`.
+    """
     root = find_root(model)
     addon = getattr(root, NAME, None)
     if addon is None:
         raise ValueError(f"model: {type(root).__name__} has no megacontext; call attach_megacontext(model) first")
+    if not addon.enabled:
+        raise RuntimeError("model: its megacontext is disabled; detach it outside of model.megacontext.disable()")
     delattr(root, NAME)
+    hold(root, "")
     if addon._patched_here:
         unpatch_model(model)
     addon._hold = ()

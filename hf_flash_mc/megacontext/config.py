@@ -44,7 +44,7 @@ class MegaContextConfig:
         max_edits: expansions of one refocus; each may be paid for by one collapse.
         tau: scores above ``tau`` ask for expansion, below ``-tau`` offer collapse.
         cooldown: refocuses during which an edit is not reversed.
-        gist, lens: settings of the two heads.
+        gist: fields of `KVGistSettings`, or of `EmbeddingGistSettings`, after the back end. lens: of `LensSettings`.
         base_model_name_or_path, revision, num_layers, ..., max_position_embeddings: the base model, None until known.
 
     Raises:
@@ -97,7 +97,8 @@ class MegaContextConfig:
         for name in ("gist", "lens"):
             value = getattr(self, name)
             if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-                found.append(f"{name}: expected a dict with names as keys, got {value!r}")
+                such = {"gist": {"pooling": "query"}, "lens": {"kind": "recency"}}[name]
+                found.append(f"{name}: expected a dict with names as keys, such as {such}, got {value!r}")
         for name in ("base_model_name_or_path", "revision"):
             if not isinstance(getattr(self, name), str | None):
                 found.append(f"{name}: expected None or a string, got {getattr(self, name)!r}")

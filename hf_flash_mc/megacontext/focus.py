@@ -69,6 +69,9 @@ class Focus:
     def _commit(self, upto: int) -> None:
         raise NotImplementedError
 
+    def _check_back(self, count: int, name: str = "count") -> None:
+        raise NotImplementedError
+
     def _embed(self, ids: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -82,6 +85,8 @@ class Focus:
         """
         for name, count in (("rounds", rounds), ("reread", reread)):
             _check_count(name, count)
+        if reread:
+            self._check_back(reread, "reread")
         edits, answered = [], False
         for _ in range(rounds):
             edits.append(self._refocus_once(max_edits, reread, answered))

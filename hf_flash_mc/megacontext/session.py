@@ -463,10 +463,10 @@ class MegaContextSession(Focus):
                 self.memory.commit(self.memory.committed + count, self.memory.tail, self.working_context)
             self.memory.tail = self.memory.tail[count:]
 
-    def _check_back(self, count: int) -> None:
+    def _check_back(self, count: int, name: str = "count") -> None:
         if not isinstance(count, int | np.integer) or not 1 <= count <= len(self.memory.tail):
             raise ValueError(
-                f"count: expected 1 to {len(self.memory.tail)} (the last tokens, not in the tree yet), got {count!r}"
+                f"{name}: expected 1 to {len(self.memory.tail)} (the last tokens, not in the tree yet), got {count!r}"
             )
 
     def _take_back(self, count: int) -> Tensor:

@@ -28,7 +28,7 @@ from .common import (
     tile_logits,
     zero_parts,
 )
-from .packed import gradient_rows, packed_rows
+from .grouped import gradient_rows, grouped_rows
 
 _RUNTIME_INTS = [
     "HQ", "SQ", "SK", "batches", "tiles", "splits", "per_split", "window_left", "window_right", "threshold", "off_b",
@@ -59,7 +59,7 @@ def few_keys_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, weight_ptr, slopes_ptr,
     b64 = batch.to(tl.int64)
     hk64 = head_k.to(tl.int64)
     r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    row, head, lo, hi = packed_rows(
+    row, head, lo, hi = grouped_rows(
         r, head_k, ranges_ptr + b64 * stride_rb, stride_rh, stride_rm, SQ, SK, window_left, window_right, GROUP, F
     )
     valid = row < SQ
@@ -116,7 +116,7 @@ def _row_tile(tile, dk, dv, dw, k, v, col, key_ok, head_k, batch, row_pointers, 
     D: tl.constexpr = F.D
     PRECISION: tl.constexpr = F.PRECISION
     r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    row, head, lo, hi = packed_rows(
+    row, head, lo, hi = grouped_rows(
         r, head_k, ranges, stride_rh, stride_rm, SQ, SK, window_left, window_right, GROUP, F
     )  # fmt: skip
     q, dout, lse2, delta = gradient_rows(row_pointers, row_strides, row, head, SQ, SQ, HAS_DLSE, F)

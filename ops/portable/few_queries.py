@@ -28,7 +28,7 @@ from .common import (
     tile_logits,
     zero_parts,
 )
-from .packed import gradient_rows, packed_rows
+from .grouped import gradient_rows, grouped_rows
 
 _RUNTIME_INTS = [
     "HQ", "SQ", "SK", "batches", "splits", "per_split", "window_left", "window_right", "threshold", "off_b", "off_h",
@@ -66,7 +66,7 @@ def few_queries_fwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, weight_ptr, slopes_p
     b64 = batch.to(tl.int64)
     hk64 = head_k.to(tl.int64)
     r = tl.arange(0, BLOCK_M)
-    row, head, lo, hi = packed_rows(
+    row, head, lo, hi = grouped_rows(
         r, head_k, ranges_ptr + b64 * stride_rb, stride_rh, stride_rm, SQ, SK, window_left, window_right, GROUP, F
     )
     valid = row < SQ
@@ -153,7 +153,7 @@ def few_queries_bwd_kernel(q_ptr, k_ptr, v_ptr, ranges_ptr, weight_ptr, slopes_p
     batch = pid // HK // splits
     b64 = batch.to(tl.int64)
     hk64 = head_k.to(tl.int64)
-    row, head, lo, hi = packed_rows(
+    row, head, lo, hi = grouped_rows(
         tl.arange(0, BLOCK_M), head_k, ranges_ptr + b64 * stride_rb, stride_rh, stride_rm, SQ, SK, window_left,
         window_right, GROUP, F,
     )  # fmt: skip

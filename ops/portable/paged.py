@@ -24,7 +24,7 @@ from .common import (
     tile_logits,
     zero_parts,
 )
-from .packed import packed_rows
+from .grouped import grouped_rows
 
 _RUNTIME_INTS = [
     "HQ", "SQ", "pool", "columns", "row_tiles", "splits", "window_left", "window_right", "stride_tb", "stride_rb",
@@ -85,7 +85,7 @@ def paged_fwd_kernel(q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, ranges_ptr, sl
     b64 = batch.to(tl.int64)
     hk64 = head_k.to(tl.int64)
     SK = tl.minimum(tl.maximum(tl.load(lengths_ptr + batch), 0), columns * PAGE)
-    row, head, lo, hi = packed_rows(
+    row, head, lo, hi = grouped_rows(
         row_tile * BLOCK_M + tl.arange(0, BLOCK_M), head_k, ranges_ptr + b64 * stride_rb, stride_rh, stride_rm, SQ, SK,
         window_left, window_right, GROUP, F,
     )  # fmt: skip

@@ -11,8 +11,8 @@ from ..spec import Paged, Spec, bshd_layout, lse_layout, new_strided
 from ..tuning import Config, find
 from . import plan as plans
 from .common import narrow_parts, split_head_dim
+from .grouped import merge_splits_kernel
 from .launch import _on_device
-from .packed import merge_splits_kernel
 from .paged import paged_fwd_kernel
 from .plan import FLAGS, Launch, features, strides
 from .shapes import MAX_SPLITS, MERGE_BLOCK, PROGRAMS, TILES_PER_SPLIT

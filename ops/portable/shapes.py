@@ -12,7 +12,7 @@ from ..tuning import Config, find, tuned
 from .common import narrow_parts, split_head_dim
 from .few_keys import few_keys_bwd_kernel, few_keys_fwd_kernel
 from .few_queries import few_queries_bwd_kernel, few_queries_fwd_kernel
-from .packed import merge_splits_kernel, sum_splits_kernel
+from .grouped import merge_splits_kernel, sum_splits_kernel
 from .plan import FLAGS, Launch, Plan, features, strides
 
 ENABLED = True  # False: the general kernels take every call

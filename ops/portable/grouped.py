@@ -1,7 +1,7 @@
 """What the kernels for special shapes share: rows of several query heads in one tile, and the end of split work.
 
-The query heads that read one KV head are packed into rows, ``row * GROUP + head of the group``: every key is then read
-once for the whole group, and its gradients are complete in one program, so nothing needs atomics.
+The query heads that read one KV head lie in one tile, ``row * GROUP + head of the group``: every key is then read once
+for the whole group, and its gradients are complete in one program, so nothing needs atomics.
 """
 
 # mypy: disable-error-code="assignment"
@@ -14,9 +14,9 @@ from .common import LOG2E, load_parts, row_ranges, sees_nothing, softmax_end
 
 
 @triton.jit
-def packed_rows(r, head_k, ranges_ptr, stride_rh, stride_rm, sq, sk, window_left, window_right,
+def grouped_rows(r, head_k, ranges_ptr, stride_rh, stride_rm, sq, sk, window_left, window_right,
                 GROUP: tl.constexpr, F: tl.constexpr):  # fmt: skip
-    """Position and query head of the packed rows ``r``, and the keys [lo, hi) that each sees."""
+    """Position and query head of the grouped rows ``r``, and the keys [lo, hi) that each sees."""
     row = r // GROUP
     head = head_k * GROUP + r % GROUP
     ranges = ranges_ptr + head.to(tl.int64) * stride_rh

@@ -590,3 +590,24 @@ def test_a_first_chunk_larger_than_the_window(lens: str) -> None:
     session.ingest(history(100))
     assert len(session) == 100
     session.check_invariants()
+
+
+@pytest.mark.parametrize("lens", ["recall", "gist_mass", "random"])
+def test_a_question_longer_than_the_recent_tokens_stays_one(lens: str) -> None:
+    session = attached("llama", dataclasses.replace(CONFIG, w_max=64, lens={"kind": lens})).megacontext.session()
+    session.ingest(history(150))
+    session.ingest(history(30, seed=2))  # recent_tokens is 8
+    edited = session.refocus(rounds=3, reread=30)
+    assert any(len(round_) for round_ in edited)
+    assert not session.working_context.lod[-30:].any()
+    session.check_invariants()
+    before, expansions = session.working_context.copy(), session.telemetry()["expansions"]
+    with pytest.raises(ValueError, match=r"reread: expected 1 to \d+ .*got 120"):
+        session.refocus(reread=120)
+    assert np.array_equal(before.start, session.working_context.start)
+    assert session.telemetry()["expansions"] == expansions
+    full = attached("llama", dataclasses.replace(CONFIG, w_max=64, lens={"kind": lens})).megacontext.session()
+    full.ingest(history(150))
+    full.ingest(history(40, seed=2))
+    full.refocus(rounds=3, reread=len(full.memory.tail))
+    full.check_invariants()

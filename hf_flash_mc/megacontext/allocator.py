@@ -84,12 +84,14 @@ class FocusAllocator:
         temperature: float = 1.0,
         top_k: int | None = None,
         generator: np.random.Generator | None = None,
+        upto: int | None = None,
     ) -> tuple[Edits, AllocatorState]:
         """Edits of one refocus: at most ``max_edits`` expansions, the collapses that pay for them first.
 
         scores [N] in [-1, 1]: a gist above ``tau`` may be expanded; ``block_size`` siblings whose mean is below
-        ``-tau`` may be collapsed, unless they touch the sink or the recent tokens. Ties go to recent expansions and old
-        collapses. ``stochastic``: drawn without replacement from the ``top_k`` best by softmax(|score| / temperature).
+        ``-tau`` may be collapsed, unless they touch the sink, the recent tokens or those from number ``upto`` on. Ties
+        go to recent expansions and old collapses. ``stochastic``: drawn without replacement from the ``top_k`` best by
+        softmax(|score| / temperature).
         O(N) numpy operations and one sort of the candidates.
         """
         limit = self.config.max_edits if max_edits is None else max_edits
@@ -106,7 +108,8 @@ class FocusAllocator:
         gists = np.flatnonzero((slots.lod > 0) & (slots.score > tau))
         gists = gists[~self._cooling(state, slots.start[gists], slots.lod[gists])]
         gists = gists[::-1][np.argsort(-slots.score[gists][::-1], kind="stable")]  # best first, then the most recent
-        groups = self._groups(slots, wc.total - self.config.recent_tokens)
+        recent = wc.total - self.config.recent_tokens
+        groups = self._groups(slots, recent if upto is None else min(recent, upto))
         groups = groups[groups.score < -tau]
         groups = groups[~self._cooling(state, groups.start, groups.lod)]
         groups = groups[np.argsort(groups.score, kind="stable")]  # worst first, then the oldest

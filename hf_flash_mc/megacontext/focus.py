@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,9 @@ class Focus:
         """Run the last tokens again."""
         raise NotImplementedError
 
+    def _check_back(self, count: int, name: str = "count") -> None:
+        raise NotImplementedError
+
     def _commit(self, upto: int) -> None:
         raise NotImplementedError
 
@@ -81,7 +85,10 @@ class Focus:
         Args:
             max_edits: expansions of one round, each paid for by a collapse if need be; None: the config's.
             reread: tokens at the end of the history that are run again after each round, so that they (a question, say)
-                are read in the light of what was expanded.
+                are read in the light of what was expanded. They stay tokens, however many.
+
+        Raises:
+            ValueError: ``reread`` tokens that are in the tree already (see `reread`), before anything changed.
         """
         for name, count in (("rounds", rounds), ("reread", reread)):
             _check_count(name, count)
@@ -147,12 +154,13 @@ class Focus:
         blocks = self.memory.recall.mass(queries, first, self.config.sink_tokens).cpu().numpy()
         return torch.from_numpy(entry_mass(blocks, wc.start, wc.span, self.config.block_size)).to(self.device)
 
-    def make_room(self, need: int, scores: Tensor | None = None, *, tokens: int | None = None) -> int:
+    def make_room(self, need: int, scores: Tensor | None = None, *, tokens: int | None = None, keep: int = 1) -> int:
         """Collapse until ``need`` slots are free, or fewer where that is impossible; how many were made sure of.
 
         Args:
             scores: [N], what to keep; None: the lens's, or by attention mass where the lens reads all of the history.
             tokens: how many of the slots are for new tokens, which make others less recent; None: all.
+            keep: the last so many tokens stay tokens.
         """
         wc = self.working_context
         while len(wc) + need > self.config.w_max:
@@ -161,7 +169,8 @@ class Focus:
                 with self.stats.time("allocate"):
                     # its state would keep what had to go from coming back for a while: the next refocus knows better
                     # the last token stays one, however many come: it may have to be run again before they do
-                    edits, _ = self.allocator.make_room(wc, scores, need, self.allocation, wc.total - 1)
+                    upto = wc.total - max(keep, 1)
+                    edits, _ = self.allocator.make_room(wc, scores, need, self.allocation, upto)
             except BudgetError:
                 if need == 1:
                     raise
@@ -187,11 +196,12 @@ class Focus:
         """One round; ``keep``: see `scores`; ``strict``: only what is asked for strongly."""
         limit = self.config.max_edits if max_edits is None else max_edits
         scores, strong = self._asked(keep, strict)
-        edits, state = self._plan(scores, limit)
+        edits, state = self._plan(scores, limit, keep)
         strong = min(strong, limit)
         if (edits.kind > 0).sum() < strong:  # nothing is poor enough to pay for them: the poorest does
-            self.make_room(strong * (self.config.block_size - 1), scores, tokens=0)
-            edits, state = self._plan(self._asked(keep, strict)[0], limit)
+            with suppress(BudgetError):  # a question may fill the window: then nothing more is to be had
+                self.make_room(strong * (self.config.block_size - 1), scores, tokens=0, keep=keep)
+            edits, state = self._plan(self._asked(keep, strict)[0], limit, keep)
         self.allocation, self._since_refocus = state, 0
         if len(edits):
             self.apply(edits, refocus=True)
@@ -208,6 +218,7 @@ class Focus:
             scores[gists & ~strong] = scores[gists & ~strong].clamp(max=0.0)
         return scores, int(strong.sum())
 
-    def _plan(self, scores: Tensor, limit: int) -> tuple[Edits, AllocatorState]:
+    def _plan(self, scores: Tensor, limit: int, keep: int = 0) -> tuple[Edits, AllocatorState]:
+        wc = self.working_context
         with self.stats.time("allocate"):
-            return self.allocator.plan(self.working_context, scores, self.allocation, limit)
+            return self.allocator.plan(wc, scores, self.allocation, limit, upto=wc.total - keep)

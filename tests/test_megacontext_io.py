@@ -262,8 +262,18 @@ def test_session_folders_are_not_overwritten(tmp_path: Path) -> None:
     session.save(tmp_path / "a")
     with pytest.raises(FileExistsError):
         session.save(tmp_path / "a")
-    with pytest.raises(ValueError, match="holds a history"):
+    with pytest.raises(ValueError, match="holds a saved session"):
         model.megacontext.session(tmp_path / "a")
+    _long_session(model, tmp_path / "crashed").close()
+    with pytest.raises(ValueError, match="holds a history"):
+        model.megacontext.session(tmp_path / "crashed")
+    short = model.megacontext.session(tmp_path / "short")
+    short.ingest(history(5))  # none of it is in the tree yet
+    short.save(tmp_path / "short")
+    short.close()
+    with pytest.raises(ValueError, match="holds a saved session"):
+        model.megacontext.session(tmp_path / "short")
+    assert torch.equal(model.megacontext.load_session(tmp_path / "short").tokens(), history(5)[0])
     loaded = model.megacontext.load_session(tmp_path / "a")
     with pytest.raises(StoreError, match="use"):
         model.megacontext.load_session(tmp_path / "a")

@@ -17,6 +17,7 @@ from .cache import MegaContextCache
 from .embedding import EmbeddingMemory
 from .entries import EntryEmbeddings
 from .focus import Focus
+from .io import STATE
 from .lensnet import GistMassLens
 from .memory import KVMemory, Memory
 from .recall import RecallIndex, open_store, pairs_of
@@ -81,6 +82,11 @@ class MegaContextSession(Focus):
             device=self.device,
             observe=observe,
         )
+        if resume is None and self.folder is not None and (self.folder / STATE).exists():
+            raise ValueError(  # its history may be too short to be in the tree
+                f"folder: {self.folder} holds a saved session; choose an empty folder, or go on with it by "
+                "model.megacontext.load_session(folder)"
+            )
         self.memory = self._make_memory(durable)
         held = self.memory.committed
         self.scaling, self._softcap = _attention_scales(self.model, self.head_dim)

@@ -302,3 +302,12 @@ def test_telemetry_is_fit_for_trackers() -> None:
     assert report["swap_rate"] > 0
     assert report["seconds_forward"] > 0
     assert report["slots_lod0"] + report["slots_lod1"] + report["slots_lod2"] == report["working_context_slots"]
+
+
+def test_a_saved_session_goes_on_with_the_recall_lens(tmp_path: Path) -> None:
+    session = _long_session(attached(config=dataclasses.replace(LONG, lens={"kind": "gist_mass"})))
+    session.save(tmp_path)
+    again = attached(config=dataclasses.replace(LONG, lens={"kind": "recall"})).megacontext.load_session(tmp_path)
+    assert len(again.memory.recall) == again.memory.committed > 0
+    again.refocus()
+    again.check_invariants()

@@ -180,8 +180,8 @@ def load_session(addon: MegaContext, folder: str | Path) -> MegaContextSession:
             raise InvariantError("tree", f"{wc.total} tokens, expected {summary['committed']} in the tree and the tail")
     except InvariantError as error:
         raise StoreError(f"{folder / STATE}: its parts do not belong together: {error}") from error
-    options = {"chunk_size": summary["chunk_size"], "observe": summary["observe"]}
-    options["recall"] = False if summary["recall"] is None else summary["recall"]
+    # without a recall index: one is made if the lens reads one
+    options = {name: summary[name] for name in ("chunk_size", "observe", "recall")}
     session = MegaContextSession(addon, folder, resume=summary["committed"], **options)
     try:
         _restore(session, wc, state, summary)

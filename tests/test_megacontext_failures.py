@@ -454,3 +454,20 @@ def test_a_closed_session_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="closed"):
         session.save(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_logits_written_into_are_the_callers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def only_five(seen: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:] = -1e9
+        scores[:, 5] = 0.0
+        return scores
+
+    session = attached().megacontext.session()
+    wanted = session.ingest(history(30), return_logits=True)[-1]
+    session.next_logits().zero_()
+    assert torch.equal(session.next_logits(), wanted)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(session), "step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            session.generate(max_new_tokens=1, do_sample=False, logits_processor=[only_five])
+    assert torch.equal(session.next_logits(), wanted)

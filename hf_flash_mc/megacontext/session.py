@@ -286,7 +286,7 @@ class MegaContextSession(Focus):
                 )
             self.reread(1)
         assert self._logits is not None
-        return self._logits
+        return self._logits.clone()  # a caller or a logits processor may write into it
 
     def rewind(self, count: int) -> None:
         """Take the last ``count`` tokens back, as if they had never been read; see `reread` for which can be."""

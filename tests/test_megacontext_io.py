@@ -311,3 +311,16 @@ def test_a_saved_session_goes_on_with_the_recall_lens(tmp_path: Path) -> None:
     assert len(again.memory.recall) == again.memory.committed > 0
     again.refocus()
     again.check_invariants()
+
+
+def test_a_relative_folder_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attached(config=LONG)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    session = _long_session(model, Path("own"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    session.save(tmp_path / "own")  # its own folder still
+    session.save("own")  # another one: a whole copy
+    session.close()
+    for folder in (tmp_path / "own", tmp_path / "elsewhere" / "own"):
+        assert len(model.megacontext.load_session(folder)) == len(session)

@@ -69,7 +69,7 @@ class MegaContextSession(Focus):
             )
         self.addon, self.model, self.config = addon, addon.base, addon.config
         self.chunk_size = chunk_size
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else Path(folder).absolute()  # also after os.chdir
         text = self.model.config.get_text_config(decoder=True)
         self.head_dim = self.config.head_dim or 0  # known since the add-on was attached
         self.cache = MegaContextCache(

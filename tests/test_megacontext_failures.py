@@ -199,7 +199,9 @@ def test_ids_of_any_whole_dtype_and_no_other() -> None:
             TypeError, match=rf"got {type(wrong).__name__}; of what a tokenizer returns give \.input_ids"
         ):
             session.ingest(wrong)
-    for wrong in (ids.float(), ids > 9, 5):
+    with pytest.raises(TypeError, match=r"of what a tokenizer returns give \.input_ids"):
+        session.generate({"input_ids": ids}, max_length=90)
+    for wrong in (ids.float(), ids > 9, ids + 1j, 5):
         with pytest.raises(ValueError, match="expected whole numbers"):
             session.ingest(wrong)
 

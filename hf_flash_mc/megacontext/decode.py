@@ -104,9 +104,9 @@ class Continuation:
     ) -> None:
         session.check_open()
         self.session, self.streamer, self.tokenizer, self.refocus = session, streamer, tokenizer, refocus
-        self.config, self.limit = _settings(session, generation_config, options, input_ids)
         nothing = torch.empty(0, dtype=torch.int64)
         self.prompt = nothing if input_ids is None else session._checked_ids(input_ids)
+        self.config, self.limit = _settings(session, generation_config, options, len(session) + len(self.prompt))
         session._check_range(len(self.prompt) + self.limit)
         if not len(self.prompt) and not len(session):
             raise ValueError("input_ids: the history is empty, so there is nothing to continue; expected some ids")
@@ -167,8 +167,8 @@ class Continuation:
         return self.seen[:, self.start :]
 
 
-def _settings(session: MegaContextSession, given: Any, options: dict[str, Any], input_ids: Any) -> tuple[Any, int]:
-    """The GenerationConfig in force, and how many tokens may come."""
+def _settings(session: MegaContextSession, given: Any, options: dict[str, Any], read: int) -> tuple[Any, int]:
+    """The GenerationConfig in force, and how many tokens may come after a history of ``read``."""
     if options.pop("attention_mask", None) is not None:
         raise ValueError("attention_mask: a session is one history without padding; leave it out")
     config, unknown = session.model._prepare_generation_config(given, **options)
@@ -183,7 +183,6 @@ def _settings(session: MegaContextSession, given: Any, options: dict[str, Any], 
         )
     limit = config.max_new_tokens
     if limit is None and (longest := options.get("max_length", getattr(given, "max_length", None))) is not None:
-        read = len(session) + (0 if input_ids is None else torch.as_tensor(input_ids).numel())
         limit = longest - read
         if limit < 1:
             raise ValueError(f"max_length: expected more than the {read} tokens of the history, got {longest}")

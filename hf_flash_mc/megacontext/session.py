@@ -503,7 +503,7 @@ class MegaContextSession(Focus):
             )
         if ids.dim() == 2 and ids.shape[0] == 1:
             ids = ids[0]
-        if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+        if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(
                 f"{name}: expected whole numbers [n] or [1, n] (a session is one history), got {list(ids.shape)} "
                 f"{ids.dtype}"

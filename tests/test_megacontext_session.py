@@ -450,6 +450,10 @@ def test_generation_streams_and_stops() -> None:
     session = model.megacontext.session()
     tokens = session.generate(history(20), max_new_tokens=6, do_sample=False, streamer=streamer)
     assert "".join(shown).split() == [str(t) for t in tokens[0].tolist()]
+    put: list[list[int]] = []
+    plain = mock.Mock(put=lambda ids: put.append(list(ids.shape)))
+    model.megacontext.session().generate(history(20), max_new_tokens=2, do_sample=False, streamer=plain)
+    assert put == [[1, 20], [1], [1]]  # as transformers' generate puts them
     again = model.megacontext.session()
     stop = int(tokens[0, 2])
     got = again.generate(history(20), max_new_tokens=6, do_sample=False, eos_token_id=stop)

@@ -142,7 +142,7 @@ class Continuation:
         if self.refocus and (session.working_context.lod > 0).any():
             session.refocus()
         if self.streamer is not None:
-            self.streamer.put(self.prompt)
+            self.streamer.put(self.prompt[None])  # [1, n], as transformers does
         self.done = self.limit == 0
 
     def choose(self) -> Tensor:

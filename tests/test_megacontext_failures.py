@@ -473,3 +473,15 @@ def test_logits_written_into_are_the_callers_own(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(ZeroDivisionError):
             session.generate(max_new_tokens=1, do_sample=False, logits_processor=[only_five])
     assert torch.equal(session.next_logits(), wanted)
+
+
+def test_errors_say_what_a_user_did(tmp_path: Path) -> None:
+    session = attached().megacontext.session(tmp_path / "never_saved")
+    session.ingest(history(40))
+    with pytest.raises(FileNotFoundError, match=r"expected a folder that session\.save\(folder\) wrote"):
+        session.addon.load_session(tmp_path / "never_saved")
+    session.apply(edits((-1, 36, 1)))
+    with pytest.raises(ValueError, match="its end was collapsed by hand"):
+        session.generate(max_new_tokens=1)
+    session.generate([5], max_new_tokens=1)
+    session.check_invariants()

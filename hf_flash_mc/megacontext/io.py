@@ -164,6 +164,8 @@ def load_session(addon: MegaContext, folder: str | Path) -> MegaContextSession:
     from .session import MegaContextSession
 
     folder = Path(folder)
+    if not (folder / STATE).is_file():
+        raise FileNotFoundError(f"{folder / STATE}: no such file; expected a folder that session.save(folder) wrote")
     state, summary = _read_state(folder / STATE)
     mine, theirs = addon.config.to_dict(), summary["config"]
     for values in (mine, theirs):

@@ -281,8 +281,8 @@ class MegaContextSession(Focus):
         if self._logits is None:
             if not len(self.memory.tail):
                 raise ValueError(
-                    "the history was taken back to what is in the tree, which is not run again: ingest something, or "
-                    "give generate its input_ids"
+                    "the history was taken back to what is in the tree, or its end was collapsed by hand, and neither "
+                    "is run again: ingest something, or give generate its input_ids"
                 )
             self.reread(1)
         assert self._logits is not None

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
@@ -179,10 +179,11 @@ def unpatch_model(model: Any) -> Any:
     _swap_configs([model, root], former)
     for handle in state.hooks:
         handle.remove()
+    _restore_copies([model, root], state)
     for module, cls in state.adapted:
         _change_class(module, cls)
-    for module, _ in state.records:
-        del module._mc_record
+    for module, _ in _records(root, state):
+        vars(module).pop("_mc_record", None)
     vars(root).pop("init_continuous_batching", None)
     del root._mc_state
     return model
@@ -215,11 +216,10 @@ def patch_report(model: nn.Module) -> PatchReport:
     state: _State | None = getattr(root, "_mc_state", None)
     if state is None:
         return PatchReport(model=type(root).__name__, patched=False)
-    records = [record for _, record in state.records]
+    held = _records(root, state)
+    records = [record for _, record in held]
     traced = {_stack(r.name) for r in records if r.compiled}
-    now = {
-        r.name: str(getattr(m.config, "_attn_implementation", KEY)) for m, r in state.records if uses_interface(type(m))
-    }
+    now = {r.name: str(getattr(m.config, "_attn_implementation", KEY)) for m, r in held if uses_interface(type(m))}
     away = {
         name: f"attn_implementation was set to {key!r} after patching" for name, key in now.items() if KEY not in key
     }
@@ -238,6 +238,25 @@ def patch_report(model: nn.Module) -> PatchReport:
         fallbacks={r.name: r.fallbacks for r in records if r.fallbacks},
         fallback_reasons=tuple(sorted({r.fallback_reason for r in records if r.fallback_reason})),
     )
+
+
+def _records(root: nn.Module, state: _State) -> list[tuple[nn.Module, ModuleRecord]]:
+    """The modules patched by patch_model, and the copies made of them since: PEFT's modules_to_save, layers added."""
+    known = {id(module) for module, _ in state.records}
+    inside = [(name, m) for name, m in root.named_modules() if "_mc_record" in vars(m) and id(m) not in known]
+    return state.records + [(m, replace(vars(m)["_mc_record"], name=name)) for name, m in inside]
+
+
+def _restore_copies(parts: list[nn.Module], state: _State) -> None:
+    """Copies of patched modules took the adapter's class along, and a config that stands for no former one."""
+    former = {adapter_of(cls): cls for _, cls in state.adapted}
+    for module in [m for part in parts for m in part.modules()]:
+        if type(module) in former:
+            _change_class(module, former[type(module)])
+    implementations = {type(old): old._attn_implementation_internal for old, _, _ in state.configs}
+    for config in _collect_configs(parts):
+        if config._attn_implementation_internal == KEY and type(config) in implementations:
+            config._attn_implementation_internal = implementations[type(config)]
 
 
 def _stack(name: str) -> str:

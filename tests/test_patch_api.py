@@ -157,6 +157,31 @@ def test_a_deep_copy_of_a_patched_model_stands_alone():
     assert other.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt_neo", "mpt"])
+def test_modules_copied_while_patched_are_reported_and_unpatched(family):
+    """Layers added to a model, or PEFT's modules_to_save; MPT's adapter would read stock's mask as its opposite."""
+    models = [causal_model(family), patch_model(causal_model(family))]
+    for model in models:
+        layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+        layers.append(copy.deepcopy(layers[-1]))
+        model.config.num_hidden_layers = len(layers)
+
+    def scores(model):
+        with torch.no_grad():
+            return model(tokens(), attention_mask=padding("right"), use_cache=False).logits[padding("right").bool()]
+
+    stock, ours = models
+    expected = scores(stock)
+    torch.testing.assert_close(scores(ours), expected, rtol=0, atol=1e-5)
+    assert list(patch_report(ours).calls.values()) == [1, 1, 1]
+    unpatch_model(ours)
+    assert [type(module) for module in ours.modules()] == [type(module) for module in stock.modules()]
+    assert torch.equal(scores(ours), expected)
+    patch_model(ours)
+    torch.testing.assert_close(scores(ours), expected, rtol=0, atol=1e-5)
+    assert not patch_report(ours).not_reached
+
+
 def test_another_process_unpickles_a_patched_model(tmp_path):
     """Where nothing else of this package is imported, and so the key is not registered yet."""
     model = patch_model(causal_model("llama"))

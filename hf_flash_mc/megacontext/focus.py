@@ -67,9 +67,6 @@ class Focus:
         """Run the last tokens again."""
         raise NotImplementedError
 
-    def _check_back(self, count: int, name: str = "count") -> None:
-        raise NotImplementedError
-
     def _commit(self, upto: int) -> None:
         raise NotImplementedError
 

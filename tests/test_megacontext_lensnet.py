@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_flash_mc.megacontext import lensnet
 from hf_flash_mc.megacontext.config import MegaContextConfig
 from hf_flash_mc.megacontext.layers import Attention, rms_norm
 from hf_flash_mc.megacontext.lens_graph import GraphedLens
@@ -91,6 +92,16 @@ def test_recency_prefers_what_is_recent():
     free = lens(x)
     assert (free[1:] > free[:-1]).all()
     assert -1 <= free[0] < -0.9 < 0.9 < free[-1] <= 1
+
+
+def test_medians_of_a_gpu_are_those_of_the_cpu():
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    x = torch.rand(4, 51, dtype=torch.float64)
+    x[0, ::3], x[1], x[2, 0] = torch.nan, torch.nan, torch.nan
+    assert torch.equal(lensnet._median(x.as_subclass(OnGPU)).nan_to_num(-1), lensnet._median(x).nan_to_num(-1))
+    assert lensnet._median(x).isnan().tolist() == [False, True, False, False]
 
 
 def test_gist_mass_compares_with_the_median_of_what_may_change():

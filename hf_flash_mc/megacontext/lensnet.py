@@ -163,16 +163,21 @@ class GistMassLens(Lens):
         fixed = (end <= self.sink_tokens) | (end > context.cursor - self.recent_tokens)
         if (real := context.real) is not None:
             fixed = fixed | ~real
-        counted, out = torch.where(fixed, torch.nan, mass), torch.full_like(mass, torch.nan)
-        for lod in range(self.max_lod + 1):
-            here = context.lod == lod
-            out = torch.where(here, _median(torch.where(here, counted, torch.nan)), out)
-        return out
+        levels = torch.arange(self.max_lod + 1, device=mass.device)[:, None]
+        mine = (context.lod.unsqueeze(-2) == levels) & ~fixed.unsqueeze(-2)
+        counted = torch.where(mine, mass.unsqueeze(-2), torch.nan)
+        return _median(counted).gather(-1, context.lod)
 
 
 def _median(x: Tensor) -> Tensor:
-    """Over the last dimension, NaN left out; of one row (a session's) in a way that is deterministic on a GPU."""
-    return x.nanmedian() if x.dim() == 1 else x.nanmedian(-1, keepdim=True).values
+    """Over the last dimension, NaN left out; the lower one of two."""
+    if not x.shape[-1]:  # a working context of no entries
+        return x.new_full(x.shape[:-1], torch.nan)
+    if not x.is_cuda:
+        return x.nanmedian(-1).values
+    # there nanmedian of one row waits for the device, and of several is not deterministic
+    count = x.isnan().logical_not().sum(-1, keepdim=True)
+    return x.sort(-1).values.gather(-1, ((count - 1) // 2).clamp(min=0)).squeeze(-1)  # NaN come last
 
 
 def _compared(mass: Tensor, usual: Tensor) -> Tensor:

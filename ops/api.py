@@ -102,18 +102,19 @@ def flash_attention(
     cap = 0.0 if softcap is None else _softcap(softcap)
     seed = _seed(dropout_seed, q) if dropout_p else None
     blocks: tuple[Tensor | None, ...] = (None, None, None)
+    whole_mask, whole_bias = mask, bias
     if mask is not None:
         if not isinstance(mask, Tensor):
             mask, blocks = _read_mask(mask, q, k, impl)
-        mask = _four_dims(mask)
+        whole_mask = _four_dims(mask)
     if bias is not None:
-        bias = _four_dims(bias)
+        whole_bias = _four_dims(bias)
     options = (
-        key_ranges, mask, bias, key_log_weight, alibi_slopes, sinks, seed, *blocks,
+        key_ranges, whole_mask, whole_bias, key_log_weight, alibi_slopes, sinks, seed, *blocks,
         scale, causal, left, right, cap, dropout_p, dropout_offsets,
     )  # fmt: skip
     if not compiling:  # there the fakes check
-        _check(q, k, v, kind, impl, options)
+        _check(q, k, v, kind, impl, options, None, mask, bias)
     out, lse = library.attention(q, k, v, impl, *options)
     if signature and seed is None:
         library.keep(signature, q, k, v, impl, options)
@@ -284,7 +285,7 @@ def explain_attention(q: Tensor, k: Tensor, v: Tensor, *, impl: str = "auto", **
         return Explanation(None, [*reasons, str(error)])
     if chosen in _DENSE and options.get("mask") is not None and spec.mask is None:
         reasons.append("mask: here a BlockMask becomes a dense mask of memory Sq * Sk; key_ranges would cost O(Sq)")
-    found = checks.find_problems(q, k, v, chosen, spec, varlen)
+    found = checks.find_problems(q, k, v, chosen, spec, varlen, options)
     if varlen is not None and not found and _may_read(varlen.cu_seqlens_q) and _may_read(varlen.cu_seqlens_k):
         found = checks.cu_seqlens_problems(q, k, varlen)
     problems = [text for _, text in found]
@@ -296,9 +297,9 @@ def explain_attention(q: Tensor, k: Tensor, v: Tensor, *, impl: str = "auto", **
             reasons += [f"not on hopper: {reason}" for reason in why_not]
         if chosen == "hopper" and not problems:
             reasons += library.back_end("hopper").notes(q, k, v, spec, varlen)
-    if impl == "auto":
-        reasons = _WHY.get(chosen, []) + reasons
-    return Explanation(None if problems else chosen, reasons + problems)
+    if problems:
+        return Explanation(None, reasons + problems)
+    return Explanation(chosen, _WHY.get(chosen, []) + reasons if impl == "auto" else reasons)
 
 
 _WHY = {
@@ -338,7 +339,15 @@ def _describe(q: Tensor, k: Tensor, options: dict[str, Any], impl: str) -> tuple
 
 
 def _check(
-    q: Any, k: Any, v: Any, kind: str, impl: str, options: tuple[Any, ...], varlen: Varlen | None = None
+    q: Any,
+    k: Any,
+    v: Any,
+    kind: str,
+    impl: str,
+    options: tuple[Any, ...],
+    varlen: Varlen | None = None,
+    mask_given: Any = None,
+    bias_given: Any = None,
 ) -> None:
     """Raise every reason why an eager call cannot run; the usual call passes in two or three microseconds."""
     ranges, mask, bias, weight, slopes, sinks, seed, blocks, *_ = options
@@ -350,7 +359,8 @@ def _check(
             or checks.options_fit(q, k, Spec(*options), varlen)
         )
     ):
-        problems = checks.find_problems(q, k, v, impl, Spec(*options), varlen)
+        given = {"mask": mask_given, "bias": bias_given}
+        problems = checks.find_problems(q, k, v, impl, Spec(*options), varlen, given)
     if varlen is not None and not problems and _may_read(varlen.cu_seqlens_q) and _may_read(varlen.cu_seqlens_k):
         problems = checks.cu_seqlens_problems(q, k, varlen)
     if problems:
@@ -401,7 +411,7 @@ def _autocast(kind: str) -> bool:
 
 
 def _window(window: Any) -> tuple[int, int]:
-    """(left, right) with -1 for unbounded; a negative number becomes -2, which the checks refuse."""
+    """(left, right) with -1 for unbounded; a negative number less 1, which the checks refuse."""
     if (
         not isinstance(window, (tuple, list))
         or len(window) != 2
@@ -410,16 +420,17 @@ def _window(window: Any) -> tuple[int, int]:
         raise TypeError(f"window: expected (left, right), each an int >= 0 or None for unbounded, got {window!r}")
     left, right = window
     return (
-        -1 if left is None else left if left >= 0 else -2,
-        -1 if right is None else right if right >= 0 else -2,
+        -1 if left is None else left if left >= 0 else left - 1,
+        -1 if right is None else right if right >= 0 else right - 1,
     )
 
 
 def _softcap(softcap: Any) -> Any:
-    """0 for no cap; what is no cap becomes -1, which the checks refuse."""
+    """0 for no cap; what is no cap less 1, which the checks refuse."""
     if softcap is None:
         return 0.0
-    return softcap if not isinstance(softcap, checks.NUMBERS) or softcap > 0 else -1.0
+    number = isinstance(softcap, checks.NUMBERS)
+    return softcap - 1.0 if number and not softcap > 0 else softcap
 
 
 def _seed(seed: Any, q: Tensor) -> Any:

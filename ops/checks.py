@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -29,6 +29,7 @@ INTEGERS = (int, torch.SymInt)
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 _OPTIONAL = Spec._fields[:6]
+_WAY_OUT = {"mask": "pass numbers to add as bias=", "bias": "pass it as mask="}  # of each in the other's dtype
 _DTYPES = {"key_ranges": (torch.int32,), "mask": (torch.bool,)}  # of the others: fp32 or q's
 # what is said of the shape, and the shapes that do: batch, heads, g key heads, query rows, keys; upper case is exact
 _DENSE_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -58,9 +59,18 @@ def raise_problems(problems: list[Problem], name: str = "flash_attention") -> No
 
 
 def find_problems(
-    q: Tensor, k: Tensor, v: Tensor, impl: str, spec: Spec, varlen: Varlen | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    impl: str,
+    spec: Spec,
+    varlen: Varlen | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> list[Problem]:
-    """Every reason why this call cannot run; arguments as the ops take them. Safe under tracing: looks at no value."""
+    """Every reason why this call cannot run; arguments as the ops take them. Safe under tracing: looks at no value.
+
+    ``given``: tensors as the user passed them, whose shapes are named instead.
+    """
     problems: list[Problem] = []
     say = problems.append
     tensors: tuple[tuple[str, Any], ...] = (("q", q), ("k", k), ("v", v))
@@ -85,7 +95,7 @@ def find_problems(
     if known:
         if varlen is not None:
             _check_varlen(q, varlen, say)
-        _check_options(q, k, spec, varlen, say)
+        _check_options(q, k, spec, varlen, say, given)
     return problems
 
 
@@ -130,6 +140,9 @@ def _check_types(q: Tensor, k: Tensor, v: Tensor, impl: str, say: Callable[[Prob
         return
     for reason in impl_problems(q, v, impl):
         say((NotImplementedError, f"impl={impl!r}: {reason}"))
+    if q.dtype not in ALL_DTYPES:  # which no back end takes, whether or not one was asked for
+        expected = ", ".join(map(str, ALL_DTYPES if q.device.type == "cpu" else GPU_DTYPES))
+        say((NotImplementedError, f"q, k, v: expected {expected}, got {q.dtype}; cast them"))
 
 
 def impl_problems(q: Tensor, v: Tensor, impl: str) -> list[str]:
@@ -146,8 +159,8 @@ def impl_problems(q: Tensor, v: Tensor, impl: str) -> list[str]:
         reasons.append(f"expected CPU tensors, got {kind}; use impl='auto' or impl='triton'")
     if impl == "triton" and kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         reasons.append("expected GPU tensors, got cpu (only TRITON_INTERPRET=1 runs them there); use impl='auto'")
-    if q.dtype not in dtypes:
-        way_out = "cast them" if q.dtype not in ALL_DTYPES else "cast them, or use impl='reference'"
+    if q.dtype in ALL_DTYPES and q.dtype not in dtypes:
+        way_out = "cast them, or use impl='reference'"
         reasons.append(f"expected q, k and v in {', '.join(map(str, dtypes))}, got {q.dtype}; {way_out}")
     if head_dim is not None and q.dim() in (3, 4) and not (q.shape[-1] <= head_dim and v.shape[-1] <= head_dim):
         got = f"{q.shape[-1]} and {v.shape[-1]}"
@@ -168,14 +181,13 @@ def _check_numbers(spec: Spec, say: Callable[[Problem], None], keys: int = 0) ->
             return
     if scale is not None and not 0 < scale < float("inf"):
         say((ValueError, f"scale: expected a finite number > 0, or None for D ** -0.5, got {scale}"))
-    # api.py turns what users may not pass into softcap < 0 and windows < -1
+    # what users may not pass comes from api.py less 1, since softcap 0 and window -1 are what None becomes
     if not 0 <= softcap < float("inf"):
-        say((ValueError, "softcap: expected a finite number > 0, or None for no cap"))
+        got = softcap + 1 if softcap < 0 else softcap
+        say((ValueError, f"softcap: expected a finite number > 0, or None for no cap, got {float(got):g}"))
     for side, x in (("left", spec.window_left), ("right", spec.window_right)):
         if _known(x < -1):
-            say(
-                (ValueError, f"window: expected at least 0 on the {side}, or None for unbounded, got a negative number")
-            )
+            say((ValueError, f"window: expected at least 0 on the {side}, or None for unbounded, got {x + 1}"))
     if not 0 <= p < 1:
         say((ValueError, f"dropout_p: expected a probability in [0, 1), got {p}"))
     elif p and not 0 < dropout_threshold(p) < 256:
@@ -207,7 +219,14 @@ def _known(condition: Any) -> bool:
     return guard_or_false(condition)
 
 
-def _check_options(q: Tensor, k: Tensor, spec: Spec, varlen: Varlen | None, say: Callable[[Problem], None]) -> None:
+def _check_options(
+    q: Tensor,
+    k: Tensor,
+    spec: Spec,
+    varlen: Varlen | None,
+    say: Callable[[Problem], None],
+    given: Mapping[str, Any] | None = None,
+) -> None:
     """The optional tensors: type, device, dtype and shape."""
     if varlen is None:
         (b, hq, sq, _), (_, hkv, sk, _), rules = q.shape, k.shape, _DENSE_RULES
@@ -215,7 +234,7 @@ def _check_options(q: Tensor, k: Tensor, spec: Spec, varlen: Varlen | None, say:
         (sq, hq, _), (sk, hkv, _), rules = q.shape, k.shape, _PACKED_RULES
         cu = varlen.cu_seqlens_q
         b = cu.shape[0] - 1 if isinstance(cu, Tensor) and cu.dim() == 1 else 0
-    sizes = {"b": b, "B": b, "h": hq, "H": hq, "g": hkv, "q": sq, "Q": sq, "k": sk, "K": sk, "2": 2}
+    sizes = {"b": b, "B": b, "h": hq, "H": hq, "g": hkv, "q": sq, "Q": sq, "k": sk, "K": sk, "2": 2, "1": 1}
     for name, x, (layout, shapes) in zip(_OPTIONAL, spec[:6], rules, strict=True):
         if x is None:
             continue
@@ -227,7 +246,10 @@ def _check_options(q: Tensor, k: Tensor, spec: Spec, varlen: Varlen | None, say:
             and not _fits(x, shapes[0], sizes)
             and not _fits(x, shapes[-1], sizes)
         ):
-            say((ValueError, f"{name}: expected {layout}, got shape {_shape(x)} with q {_shape(q)}, k {_shape(k)}"))
+            padding = name in _WAY_OUT and _fits(x, "11BK", sizes)  # as tokenizers make masks, [B, Sk]
+            way_out = f"; of [B, Sk] pass {name}[:, None, None]" if padding else ""
+            got = f"{_shape((given or {}).get(name, x))} with q {_shape(q)}, k {_shape(k)}"
+            say((ValueError, f"{name}: expected {layout}, got shape {got}{way_out}"))
     if spec.block_rows is not None:
         _check_blocks(q, spec, sizes, varlen, say)
     if isinstance(spec.alibi_slopes, Tensor) and spec.alibi_slopes.requires_grad:
@@ -314,7 +336,10 @@ def _is_tensor(name: str, x: Any, q: Tensor, dtypes: tuple[torch.dtype, ...], sa
         say((TypeError, f"{name}: expected a torch.Tensor, got {type(x).__name__}"))
         return False
     if x.dtype not in dtypes:
-        say((TypeError, f"{name}: expected {' or '.join(map(str, dict.fromkeys(dtypes)))}, got {x.dtype}"))
+        expected = " or ".join(map(str, dict.fromkeys(dtypes)))
+        swapped = x.dtype == torch.bool if name == "bias" else x.is_floating_point()
+        way_out = f"; {_WAY_OUT[name]}" if name in _WAY_OUT and swapped else ""
+        say((TypeError, f"{name}: expected {expected}, got {x.dtype}{way_out}"))
     if x.device != q.device:
         say((ValueError, f"{name}: expected it on {q.device} with q, got {x.device}"))
     return True

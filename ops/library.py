@@ -246,8 +246,8 @@ def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None, bwd: Any = Non
 
 def no_double_backward(ctx: Any, *grads: Tensor | None) -> Any:
     raise NotImplementedError(
-        "flash_attention: the second derivative of attention is not implemented; use hf_flash_mc.ops.reference, "
-        "or torch's scaled_dot_product_attention under SDPBackend.MATH"
+        "flash_attention: the second derivative of attention is not implemented; use "
+        "hf_flash_mc.ops.reference.reference_attention, or torch's scaled_dot_product_attention under SDPBackend.MATH"
     )
 
 

@@ -181,7 +181,8 @@ def _check_shapes(q: Tensor, k_cache: Tensor, v_cache: Tensor, say: Any) -> None
         say((ValueError, f"k_cache, v_cache: expected the same blocks, block size and heads, got {got}"))
     hq, hkv = q.shape[1], k_cache.shape[2]
     if hq % hkv if hkv else hq:
-        say((ValueError, f"q, k_cache: expected query heads to be a multiple of key heads, got {hq} and {hkv}"))
+        got = f"got {hq} and {hkv}; k_cache is [blocks, block_size, Hkv, D], got shape {checks._shape(k_cache)}"
+        say((ValueError, f"q, k_cache: expected query heads to be a multiple of key heads, {got}"))
     if q.shape[-1] != k_cache.shape[-1]:
         say((ValueError, f"q, k_cache: expected the same head dim, got {q.shape[-1]} and {k_cache.shape[-1]}"))
     if 0 in (q.shape[-1], v_cache.shape[-1], k_cache.shape[1]):

@@ -50,7 +50,7 @@ WRONG = [
     ({"q": z(2, 4, 5, 0), "k": z(2, 2, 7, 0)}, ValueError, "head dims of at least 1, got 0 and 8"),
     ({"k": z(2, 2, 7, 8).half()}, TypeError, "one dtype, got torch.float32, torch.float16 and .*autocast"),
     ({"k": z(2, 2, 7, 8, device="meta")}, ValueError, "one device, got cpu, meta and cpu"),
-    (dict.fromkeys("qkv", z(2, 4, 5, 8).int()), NotImplementedError, "expected q, k and v in .* got torch.int32"),
+    (dict.fromkeys("qkv", z(2, 4, 5, 8).int()), NotImplementedError, "- q, k, v: expected .* got torch.int32; cast"),
     ({"q": z(2, 4, 5, 8).to_sparse()}, TypeError, "q: expected a dense tensor, got a torch.sparse_coo one; use to_d"),
     ({"q": JAGGED}, TypeError, "q: expected a dense tensor, got a nested one; .* flash_attention_varlen"),
     # numbers
@@ -65,10 +65,11 @@ WRONG = [
     ({"softcap": "50"}, TypeError, "softcap: expected a Python number, got str"),
     ({"dropout_p": torch.tensor(0.5)}, TypeError, "dropout_p: expected a Python number, got Tensor"),
     ({"dropout_p": None}, TypeError, "dropout_p: expected a Python number, got NoneType"),
-    ({"softcap": 0.0}, ValueError, "softcap: expected a finite number > 0, or None"),
-    ({"softcap": float("nan")}, ValueError, "softcap: "),
-    ({"window": (-1, 0)}, ValueError, "window: expected at least 0 on the left, or None for unbounded"),
-    ({"window": (None, -2)}, ValueError, "window: expected at least 0 on the right"),
+    ({"softcap": 0.0}, ValueError, "softcap: expected a finite number > 0, or None for no cap, got 0$"),
+    ({"softcap": -2.5}, ValueError, "softcap: .* got -2.5$"),
+    ({"softcap": float("nan")}, ValueError, "softcap: .* got nan"),
+    ({"window": (-1, 0)}, ValueError, "window: expected at least 0 on the left, or None for unbounded, got -1$"),
+    ({"window": (None, -2)}, ValueError, "window: expected at least 0 on the right, .* got -2$"),
     ({"window": 5}, TypeError, r"window: expected \(left, right\)"),
     ({"window": (1, 2, 3)}, TypeError, r"window: expected \(left, right\)"),
     ({"window": (1.5, 2)}, TypeError, r"window: expected \(left, right\)"),
@@ -92,11 +93,15 @@ WRONG = [
     ({"key_ranges": z(2, 1, 5, 2, dtype=torch.int64)}, TypeError, "key_ranges: expected torch.int32, got torch.int64"),
     ({"key_ranges": z(2, 1, 7, 2, dtype=torch.int32)}, ValueError, r"key_ranges: expected \[B or 1, Hq or 1, Sq, 2\]"),
     ({"key_ranges": z(5, 2, dtype=torch.int32)}, ValueError, "key_ranges: expected"),
-    ({"mask": z(5, 7)}, TypeError, "mask: expected torch.bool, got torch.float32"),
-    ({"mask": z(5, 6, dtype=torch.bool)}, ValueError, "mask: expected a shape that broadcasts"),
+    ({"mask": z(5, 7)}, TypeError, "mask: expected torch.bool, got torch.float32; pass numbers to add as bias="),
+    ({"mask": z(5, 7).long()}, TypeError, "mask: expected torch.bool, got torch.int64$"),
+    ({"mask": z(5, 6, dtype=torch.bool)}, ValueError, r"mask: .* broadcasts to .* got shape \(5, 6\) with .* 8\)$"),
+    ({"mask": z(2, 7, dtype=torch.bool)}, ValueError, r"mask: .* got shape \(2, 7\) .* pass mask\[:, None, None\]"),
     ({"mask": z(1, 2, 2, 5, 7, dtype=torch.bool)}, ValueError, "mask: expected a shape that broadcasts"),
     ({"mask": "causal"}, TypeError, "mask: expected a torch.Tensor, got str"),
     ({"bias": z(2, 3, 5, 7)}, ValueError, "bias: expected a shape that broadcasts"),
+    ({"bias": z(2, 7)}, ValueError, r"bias: .* got shape \(2, 7\) .* of \[B, Sk\] pass bias\[:, None, None\]"),
+    ({"bias": z(5, 7, dtype=torch.bool)}, TypeError, "bias: expected torch.float32, got torch.bool; pass it as mask="),
     ({"bias": z(5, 7).half()}, TypeError, "bias: expected torch.float32, got torch.float16"),
     ({"bias": 1.0}, TypeError, "bias: expected a torch.Tensor, got float"),
     ({"key_log_weight": z(2, 4, 7)}, ValueError, r"key_log_weight: expected \[B or 1, Hkv or 1, Sk\]"),
@@ -266,6 +271,8 @@ def test_explanation_of_a_call_that_would_raise() -> None:
     assert any("compute capability 9.0" in reason for reason in explanation.reasons)
     assert any(reason.startswith("scale: ") for reason in explanation.reasons)
     assert "no back end" in str(explanation)
+    assert explain_attention(**dense(scale=-1.0)).reasons == ["scale: expected a finite number > 0, or None for D ** "
+                                                              "-0.5, got -1.0"]  # fmt: skip
 
 
 def test_explanation_says_what_a_block_mask_costs() -> None:

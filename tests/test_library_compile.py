@@ -265,12 +265,12 @@ def test_forward_mode_raises_while_tracing(fullgraph: bool) -> None:
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_wrong_calls_raise_every_reason_while_tracing(fullgraph: bool) -> None:
     def wrong(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flash_attention(q, k[:1], v, window=(-1, 0), scale=-1.0, softcap=0.0, dropout_p=1.0)
+        return flash_attention(q, k[:1], v, window=(-3, 0), scale=-1.0, softcap=-2.0, dropout_p=1.0)
 
     compiled = torch.compile(wrong, fullgraph=fullgraph, dynamic=True, backend="eager")
     with pytest.raises(Exception, match="one batch size") as error:
         compiled(*qkv(3, 9))
-    for reason in ("scale: expected", "softcap: expected", "window: expected at least 0 on the left", "dropout_p: "):
+    for reason in ("scale: expected", "no cap, got -2", "0 on the left, or None for unbounded, got -3", "dropout_p: "):
         assert reason in str(error.value)
 
 
@@ -279,6 +279,7 @@ def test_wrong_calls_raise_every_reason_while_tracing(fullgraph: bool) -> None:
     [
         ({"sinks": torch.zeros(3)}, r"sinks: expected \[Hq\]"),
         ({"mask": torch.zeros(9, 8, dtype=torch.bool)}, "mask: expected a shape that broadcasts"),
+        ({"mask": torch.zeros(3, 9, dtype=torch.bool)}, r"pass mask\[:, None, None\]"),
         ({"key_ranges": torch.zeros(1, 1, 9, 2)}, "key_ranges: expected torch.int32"),
         ({"impl": "fastest"}, "impl: expected one of"),
         ({"impl": "hopper"}, "compute capability 9.0"),

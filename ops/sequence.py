@@ -43,8 +43,10 @@ class Place(NamedTuple):
         return sorted(range(len(held)), key=held.__getitem__)
 
 
-def place_of(group: Any = None, layout: str = "zigzag") -> Place:
+def place_of(group: Any = None, layout: str = "zigzag", name: str = "group") -> Place:
     """The place of this rank in a process group, in a 1-D DeviceMesh, or (None) among all ranks.
+
+    ``name``: the argument that ``group`` was given as, for what is said of it.
 
     Raises:
         ValueError: an unknown layout, or a mesh of several dimensions. TypeError: what is no group.
@@ -57,18 +59,18 @@ def place_of(group: Any = None, layout: str = "zigzag") -> Place:
     if group is not None and hasattr(group, "get_group"):
         if group.ndim != 1:
             raise ValueError(
-                f"group: expected a DeviceMesh of one dimension, got {group.ndim}; pass one of them: mesh['name']"
+                f"{name}: expected a DeviceMesh of one dimension, got {group.ndim}; pass one of them: mesh['name']"
             )
         group = group.get_group()
     if group is None:
         group = dist.group.WORLD
         if group is None:
             raise RuntimeError(
-                "group: torch.distributed has not been initialised; start with torchrun and call "
+                f"{name}: torch.distributed has not been initialised; start with torchrun and call "
                 "torch.distributed.init_process_group() first"
             )
     if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group: expected a ProcessGroup, a DeviceMesh or None, got {type(group).__name__}")
+        raise TypeError(f"{name}: expected a ProcessGroup, a DeviceMesh or None, got {type(group).__name__}")
     return Place(group.group_name, group.rank(), group.size(), layout)
 
 
@@ -150,11 +152,13 @@ def shard_sequence(x: Tensor, group: Any = None, *, dim: int = 1, layout: str = 
         layout: "zigzag" (balanced under a causal mask) or "contiguous".
 
     Raises:
-        ValueError: the length is no multiple of the number of ranks (zigzag: of twice that); pad the sequence.
+        ValueError: the length is no multiple of the number of ranks (zigzag: of twice that); pad the sequence. Or x has
+            no such dimension.
 
     The position ids of a shard are ``shard_sequence(torch.arange(S)[None])``.
     """
     place = place_of(group, layout)
+    _check_dim(x, dim)
     parts = place.size * CHUNKS[place.layout]
     if x.shape[dim] % parts:
         raise ValueError(
@@ -172,8 +176,14 @@ def unshard_sequence(x: Tensor, group: Any = None, *, dim: int = 1, layout: str 
     Differentiable: a shard's gradient is the sum over the ranks of what each asks of its whole tensor.
     """
     place = place_of(group, layout)
+    _check_dim(x, dim)
     dim %= x.dim()
     return join(all_gather(x, place).movedim(0, dim), place, dim)
+
+
+def _check_dim(x: Tensor, dim: int) -> None:
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim: expected from {-x.dim()} to {x.dim() - 1} for x of shape {tuple(x.shape)}, got {dim}")
 
 
 def join(x: Tensor, place: Place, dim: int) -> Tensor:

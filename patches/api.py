@@ -206,7 +206,7 @@ def patched(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        if mine:
+        if mine and hasattr(find_root(model), "_mc_state"):  # the body may have unpatched it
             unpatch_model(model)
 
 
@@ -379,9 +379,11 @@ def _check_family(root: PreTrainedModel, attention: dict[str, nn.Module], target
     if not attention:
         bypassing += [reason.split()[0] for reason in skipped.values()]
     if bypassing:
+        classes = sorted(set(bypassing))
+        own = "computes attention in its own code" if len(classes) == 1 else "compute attention in their own code"
         raise NotImplementedError(
-            f"{name} is refused: {', '.join(sorted(set(bypassing)))} compute attention in their own code, not through "
-            "transformers' attention interface, and would misread our masks; keep the stock implementation"
+            f"{name} is refused: {', '.join(classes)} {own}, not through transformers' attention interface, and would "
+            "misread our masks; keep the stock implementation"
         )
     if not attention:
         raise ValueError(

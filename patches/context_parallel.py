@@ -54,7 +54,7 @@ class ContextParallel:
 
 def read_context_parallel(given: Any) -> ContextParallel:
     """What patch_model and shard_batch take: a ContextParallel, or a mesh or group for a ring."""
-    return given if isinstance(given, ContextParallel) else ContextParallel(given)
+    return given if isinstance(given, ContextParallel) else ContextParallel(place_of(given, name="context_parallel"))
 
 
 # ---- patching --------------------------------------------------------------------------------------------------------
@@ -210,11 +210,15 @@ def shard_batch(batch: Mapping[str, Any], context_parallel: Any = None) -> dict[
         is that of one process. Losses that are no mean over tokens (auxiliary losses of routers) are a rank's own.
 
     Raises:
-        ValueError: a length that does not divide. NotImplementedError: padding in the mask.
+        ValueError: a length that does not divide. NotImplementedError: padding in the mask. TypeError: no such batch.
     """
     how = read_context_parallel(context_parallel)
-    place, batch = how.place, dict(batch)
-    rows = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
+    given = batch
+    place, batch = how.place, dict(given) if hasattr(given, "keys") else {}
+    rows = batch["input_ids"] if batch.get("input_ids") is not None else batch.get("inputs_embeds")
+    if rows is None:
+        got = f"one of {', '.join(map(str, batch))}" if batch else type(given).__name__
+        raise TypeError(f"batch: expected a dict with input_ids or inputs_embeds, got {got}")
     length = rows.shape[1]
     if batch.get("attention_mask") is not None:
         _check_unpadded(batch["attention_mask"])

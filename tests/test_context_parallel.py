@@ -169,6 +169,11 @@ def refusals_body(rank: int) -> None:
         shard_batch({**batch, "attention_mask": batch["attention_mask"].tril()})
     with pytest.raises(ValueError, match="divisible by 4"):
         shard_batch({"input_ids": batch["input_ids"][:, :6]})
+    for wrong, got in ((batch["input_ids"], "Tensor"), ({"labels": batch["labels"]}, "one of labels")):
+        with pytest.raises(TypeError, match=f"batch: expected a dict with input_ids or inputs_embeds, got {got}"):
+            shard_batch(wrong)
+    with pytest.raises(TypeError, match="context_parallel: expected a ProcessGroup, a DeviceMesh or None, got bool"):
+        patch_model(causal_model("qwen3"), context_parallel=True)
     with pytest.raises(ValueError, match="method"):
         ContextParallel(method="star")
     with pytest.raises(NotImplementedError, match="sees no other rank"):

@@ -139,6 +139,14 @@ def test_context_manager_unpatches_after_an_error():
     with pytest.raises(KeyError):
         fail()
     assert not patch_report(model).patched
+
+    def unpatch_and_fail():
+        with patched(model):
+            unpatch_model(model)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        unpatch_and_fail()
     patch_model(model)
     with patched(model):
         pass
@@ -270,9 +278,13 @@ def test_classes_load_patched_models(base, tmp_path):
         (
             "RoFormerForMaskedLM",
             {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 32},
-            "RoFormerSelfAttention",
+            "RoFormerSelfAttention compute attention",
         ),
-        ("XGLMForCausalLM", {"d_model": 32, "ffn_dim": 32, "num_layers": 1, "attention_heads": 4}, "XGLMAttention"),
+        (
+            "XGLMForCausalLM",
+            {"d_model": 32, "ffn_dim": 32, "num_layers": 1, "attention_heads": 4},
+            "XGLMAttention computes attention",
+        ),
         (
             "MPNetForMaskedLM",
             {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 32},
@@ -305,7 +317,7 @@ def test_families_that_read_their_masks_are_refused_unless_they_get_dense_ones()
 
 def test_bad_arguments():
     model = causal_model("llama")
-    with pytest.raises(TypeError, match="group: expected a ProcessGroup"):
+    with pytest.raises(TypeError, match="context_parallel: expected a ProcessGroup"):
         patch_model(model, context_parallel="ring")
     with pytest.raises(ValueError, match="fallback"):
         patch_model(model, fallback="eager")

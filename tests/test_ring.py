@@ -140,6 +140,9 @@ def helpers_body(rank: int) -> None:
     assert torch.equal(x.grad, 3 * shard_sequence(torch.arange(8.0)[None]))
     with pytest.raises(ValueError, match="divisible by 4"):
         shard_sequence(torch.zeros(1, 6))
+    for function in (shard_sequence, unshard_sequence):
+        with pytest.raises(ValueError, match=r"dim: expected from -2 to 1 for x of shape \(1, 8\), got 9"):
+            function(torch.zeros(1, 8), dim=9)
 
 
 def errors_body(rank: int) -> None:
@@ -151,7 +154,7 @@ def errors_body(rank: int) -> None:
             attention(x, x, x, biass=x)
         with pytest.raises(ValueError, match="layout"):
             attention(x, x, x, layout="striped")
-        with pytest.raises(TypeError, match="group"):
+        with pytest.raises(TypeError, match="group: expected a ProcessGroup"):
             attention(x, x, x, group=3)
         with pytest.raises(ValueError, match=r"sinks: expected \[Hq\], got shape \(8,\)"):  # enough for every rank
             attention(x[:, :2], x[:, :2], x[:, :2], sinks=torch.zeros(8))

@@ -303,7 +303,8 @@ WRONG = [
     (("--tokens", "x"), "text, tokens: expected one of them"),
     (("--device", "tpu"), "device: expected cpu or cuda, got 'tpu'"),
     (("--dtype", "float7"), "invalid choice: 'float7'"),
-    (("--model", "no/such/folder"), "no/such/folder"),
+    (("--model", "no/such/folder"), "model: no such folder: 'no/such/folder'"),
+    (("--model", "/nonesuch"), "model: no such folder: '/nonesuch'"),
 ]
 
 
@@ -318,6 +319,14 @@ def test_wrong_arguments_are_named(more: tuple[str, ...], message: str, tiny_mod
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_help_has_texts_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluation.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ("(default 32)", "expands (default 4)", "drawn (default 0)", "GPU where", "model (default float32)"):
+        assert text in shown
 
 
 def test_a_file_that_is_no_tokens_is_refused(tmp_path: Path) -> None:

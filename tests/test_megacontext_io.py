@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +122,19 @@ def test_addon_that_does_not_fit_is_refused_whole(tmp_path: Path, damage: str) -
         load_megacontext(other, tmp_path)
     assert not hasattr(other, "megacontext")
     assert not hasattr(other, "_mc_state"), "the model must be unpatched again"
+
+
+@pytest.mark.parametrize("name", ["/nonesuch", "./nonesuch", "~/nonesuch", "a/b/c", "HERE/nonesuch"])
+def test_folder_that_is_not_there_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*arguments: Any, **options: Any) -> None:
+        assert name == "HERE/nonesuch", "only this may be a name there"
+        raise ConnectionError
+
+    (tmp_path / "HERE").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    with pytest.raises(FileNotFoundError, match=f"name: no such folder: '{name}'"):
+        load_megacontext(None, name)
 
 
 def test_renamed_base_model_is_taken_on_request(tmp_path: Path) -> None:

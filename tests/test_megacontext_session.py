@@ -528,6 +528,8 @@ def test_wrong_use_is_named() -> None:
         attach_megacontext(model, CONFIG)
     with pytest.raises(ValueError, match="complete node"):
         session.apply(edits((-1, 0, 1)))
+    with pytest.raises(TypeError, match=r"edits: expected Edits\.of\(.*, got list"):
+        session.apply([1])
     assert len(session) == 0
     detach_megacontext(model)
     with pytest.raises(ValueError, match="head_dim: the model has 16, the config 24"):

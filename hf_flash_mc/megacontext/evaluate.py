@@ -30,6 +30,7 @@ from torch import Tensor
 
 from . import peers
 from .attach import detach_megacontext
+from .io import asking_the_hub
 from .quality import JUDGED, Row, compare, judged, rounded, summarise, table_of
 from .states import (
     LENSES,
@@ -150,7 +151,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     from hf_flash_mc.measure.record import commit
 
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+    with asking_the_hub("model", options.model):
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     model = model.to(options.device).eval()
     start = time.perf_counter()
     out = None if options.out is None else Path(options.out)
@@ -201,12 +203,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=200, help="how many (default 200)")
     parser.add_argument("--context", type=int, default=2048, help="tokens of a window (default 2048)")
     parser.add_argument("--tail", type=int, default=64, help="last tokens that stay tokens (default 64)")
-    parser.add_argument("--block", type=int, nargs="+", default=[32], help="tokens of a gist; several: each ratio")
-    parser.add_argument("--expansions", type=int, nargs="+", default=[4], help="gists that a lens expands")
+    parser.add_argument("--block", type=int, nargs="+", default=[32], help="tokens of a gist (default 32), or several")
+    parser.add_argument("--expansions", type=int, nargs="+", default=[4], help="gists that a lens expands (default 4)")
     parser.add_argument("--oracle", action="store_true", help="also the best by measured utility (slow: a run a gist)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--seed", type=int, default=0, help="of the windows that are drawn (default 0)")
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=there, help="cpu or cuda; the GPU where there is one")
+    dtypes = ["float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", default="float32", choices=dtypes, help="of the model (default float32)")
     parser.add_argument("--out", help="JSON file for each window's losses, table, and where and how they were measured")
     parser.add_argument("--plot", help="PNG file of the table")
     parser.add_argument("--heads", nargs="+", default=[], help="folders of trained heads, each for further rows")
@@ -286,7 +290,8 @@ def _windows(options: argparse.Namespace) -> Tensor:
         return held[: options.windows]
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    with asking_the_hub("model", options.model):
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
     documents = (tokenizer(text, return_tensors="pt", verbose=False).input_ids[0] for text in read_texts(options.text))
     return sample_windows(documents, length, options.windows, options.seed)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,13 +60,15 @@ def load_megacontext(model: Any, name: str | Path, *, any_base: bool = False, **
         hub_options: of `huggingface_hub.snapshot_download`: revision, token, cache_dir, ...
 
     Raises:
-        FileNotFoundError: a file is missing. ValueError: another base model, another format, missing or extra weights.
+        FileNotFoundError: the folder or a file is missing. ValueError: another base model, another format, missing or
+            extra weights.
     """
     folder = Path(name)
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
+        with asking_the_hub("name", name):
+            from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(str(name), allow_patterns=[WEIGHTS, CONFIG], **hub_options))
+            folder = Path(snapshot_download(str(name), allow_patterns=[WEIGHTS, CONFIG], **hub_options))
     values = _read_json(folder / CONFIG, FORMAT)
     values.pop("format")
     try:
@@ -87,6 +91,21 @@ def load_megacontext(model: Any, name: str | Path, *, any_base: bool = False, **
         detach_megacontext(model)
         raise
     return model
+
+
+@contextmanager
+def asking_the_hub(argument: str, name: str | Path) -> Iterator[None]:
+    """Within, ``name`` may be looked up on the hub. FileNotFoundError where it was meant as a folder that is not there:
+    at once if it can be no name on the hub, else if the hub fails; its complaint would be of network or form."""
+    text, parent, missing = str(name), Path(name).parent, f"{argument}: no such folder: {str(name)!r}"
+    if not Path(name).is_dir() and (text.startswith(("/", "./", "../", "~")) or text.count("/") > 1):
+        raise FileNotFoundError(missing)
+    try:
+        yield
+    except Exception as error:
+        if Path(name).is_dir() or parent == Path() or not parent.is_dir():
+            raise
+        raise FileNotFoundError(f"{missing}; taken as a name on the hub: {error}") from error
 
 
 def _check_weights(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

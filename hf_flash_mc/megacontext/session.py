@@ -191,6 +191,8 @@ class MegaContextSession(Focus):
     def apply(self, edits: Edits, *, refocus: bool = False) -> None:
         """Apply edits to working context and cache; ValueError before anything changes where they are not legal."""
         self.check_open()
+        if not isinstance(edits, Edits):
+            raise TypeError(f"edits: expected Edits.of([(kind, start, lod), ...]), got {type(edits).__name__}")
         if not len(edits):
             return
         wc = self.working_context

@@ -85,16 +85,23 @@ def summary() -> str:
 
 
 def lines(name: str = "") -> list[str]:
-    """What `hf-flash-mc models` prints: the types whose name holds ``name``, and with no name families and counts."""
+    """What `hf-flash-mc models` prints: the types whose name holds ``name`` (by letters of any case and digits), or
+    else whose family's does; with no name all of them, families and counts."""
+    wanted = _plain(name)
+    kinds = [kind for kind in rows() if wanted in _plain(kind)]
+    kinds = kinds or [kind for f in FAMILIES if wanted in _plain(f.name) for kind in f.model_types if kind in rows()]
     found = []
-    for row in rows().values():
-        if name in row.model_type:
-            detail = row.runs if row.verdict == "exact" else row.reason
-            found.append(f"{row.model_type}: {row.verdict}" + (f" ({detail})" if detail else ""))
+    for row in map(rows().__getitem__, kinds):
+        detail = row.runs if row.verdict == "exact" else row.reason
+        found.append(f"{row.model_type}: {row.verdict}" + (f" ({detail})" if detail else ""))
     if name:
-        return found or [f"no model type of the table has {name!r} in its name"]
+        return found
     needs = [f"{f.name}: {f.needs}" + (f" (refused: {f.refused})" if f.refused else "") for f in FAMILIES]
     return [*found, "", "Families with needs of their own:", *needs, "", *summary().splitlines()]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def markdown() -> str:

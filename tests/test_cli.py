@@ -13,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from hf_flash_mc import __version__
 from hf_flash_mc.cli import app
 from hf_flash_mc.measure import check, progress
 from hf_flash_mc.ops.tuning import Config, cache
@@ -66,10 +67,16 @@ def _gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
     return x + (factor - 1) * (x - x.detach())
 
 
-def test_check_says_what_failed_and_ends_with_1() -> None:
+def test_check_says_what_failed_and_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
     """A back end that cannot take a case is no pass."""
-    result = run("check", "--device", "cpu", "--impl", "hopper", "--only", "softcap")
+
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise NotImplementedError("flash_attention: 1 problem with this call\n  - q: that it is")
+
+    monkeypatch.setattr("hf_flash_mc.ops.flash_attention", broken)
+    result = run("check", "--device", "cpu", "--only", "softcap")
     assert result.exit_code == 1
+    assert "NotImplementedError: flash_attention: 1 problem with this call - q: that it is" in result.output
     assert "0 of 1 cases within the error bound" in result.output
     assert "hf-flash-mc env" in result.output
 
@@ -79,17 +86,36 @@ def test_check_says_what_failed_and_ends_with_1() -> None:
     [
         (["check", "--only", "nonesuch"], "hf-flash-mc check: only: expected a part of a case's name, got 'nonesuch'"),
         (["check", "--impl", "fa9"], "hf-flash-mc check: impl: expected one of auto, .*, got 'fa9'"),
+        (["check", "--device", "cpu", "--impl", "hopper"], "check: impl='hopper': .* capability 9.0, got cpu"),
         (["check", "--device", "tpu9"], "hf-flash-mc check: device: expected cpu or cuda, got 'tpu9'"),
         (["tune", "d64"], "hf-flash-mc tune: shape: expected HEAD_DIM, .*, got 'd64'"),
         (["tune", SHAPE, "--dtype", "int8"], "hf-flash-mc tune: dtype: expected one of .*, got 'int8'"),
         (["tune", SHAPE, "--most", "0"], "hf-flash-mc tune: most: expected at least 1 configuration, got 0"),
         (["bench", "--only", "nonesuch"], "hf-flash-mc bench: only: expected a part .*, got 'nonesuch'"),
+        (["bench", "--out", "x.json"], "hf-flash-mc bench: out: expected a file that ends in .csv, got 'x.json'"),
     ],
 )
 def test_bad_arguments_are_named(arguments: list[str], message: str, home: Path) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
     assert re.search(message, result.output), result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("Llama", "llama: exact"), ("GPT-2", "gpt2: exact"), ("lasr", "lasr_ctc"), ("OLMo 2", "olmo2:")]
+)
+def test_models_are_found_by_letters_of_any_case(name: str, first: str) -> None:
+    result = run("models", name)
+    assert result.exit_code == 0
+    assert any(line.startswith(first) for line in result.output.splitlines())
+
+
+def test_models_of_no_name_and_the_version() -> None:
+    assert run("models", "DeepSeek V2 and V3").output.startswith("deepseek_v2: exact")  # a family
+    result = run("models", "nonesuch")
+    assert result.exit_code == 1
+    assert "no model type of the table has 'nonesuch' in its name" in result.output
+    assert run("--version").output == f"hf-flash-mc {__version__}\n"
 
 
 def test_no_gpu_is_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

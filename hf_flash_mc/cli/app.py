@@ -10,8 +10,20 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Exact, fast 
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU where there is one")]
 
 
+def show_version(wanted: bool) -> None:
+    if wanted:
+        from hf_flash_mc import __version__
+
+        typer.echo(f"hf-flash-mc {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="print the version, do nothing")
+    ] = False,
+) -> None:
     """Exact, fast attention for transformers models."""
 
 
@@ -24,12 +36,16 @@ def env() -> None:
 
 
 @app.command()
-def models(name: str = typer.Argument("", help="A part of a model type's name; empty: all.")) -> None:
-    """Every model type of transformers: exact, refused and why, or not tested and why."""
+def models(name: str = typer.Argument("", help="A part of a model type's or family's name; empty: all.")) -> None:
+    """Every model type of transformers: exact, refused and why, or not tested and why. Exit code 1: no such type."""
     from hf_flash_mc.patches import table
 
-    for line in table.lines(name):
+    found = table.lines(name)
+    for line in found:
         typer.echo(line)
+    if not found:
+        typer.echo(f"hf-flash-mc models: no model type of the table has {name!r} in its name", err=True)
+        raise typer.Exit(1)
 
 
 @app.command()

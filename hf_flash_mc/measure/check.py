@@ -96,7 +96,7 @@ def run_case(job: tuple[Case, str, str]) -> Outcome:
         back_end, errors = _errors(case, tensors, options, impl)
         return Outcome(case, label, back_end, errors, time.monotonic() - start)
     except Exception as error:
-        text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]  # one line: the reasons begin in the second
         return Outcome(case, label, back_end, {}, time.monotonic() - start, text)
 
 
@@ -187,10 +187,16 @@ def run_suite(device: str, impl: str = "auto", pattern: str = "") -> list[Outcom
     """Every case whose name holds ``pattern``; on a GPU in parallel processes, because each compiles for seconds.
 
     Raises:
-        ValueError: where no case has such a name, or no back end.
+        ValueError: where no case has such a name, or no back end, or this one does not run on such a device.
     """
+    from hf_flash_mc.ops import explain_attention
+
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}")
+    probe = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16, device=device)
+    explained = explain_attention(probe, probe, probe, impl=impl)
+    if explained.impl is None:
+        raise ValueError("; ".join(explained.reasons[impl != "auto" :]))  # behind that it was asked for
     cases = [c for c in CASES if pattern.lower() in c.name.lower()]
     if not cases:
         raise ValueError(

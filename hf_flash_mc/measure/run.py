@@ -33,14 +33,15 @@ WRONG, INCOMPLETE = 1, 3
 
 def parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="print the cells and what is installed, measure nothing")
+    parser.add_argument("--list", action="store_true", help="print the cells (on a CPU small ones), measure nothing")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="PART", help="host, or regular expressions on group and name"
     )
     parser.add_argument("--quick", action="store_true", help="samples of a third, no peers that are never the fastest")
     parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="S", help="end within S seconds")
     parser.add_argument("--implementations", nargs="+", metavar="NAME", help=f"of {', '.join(peers.IMPLEMENTATIONS)}")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=there, help="cpu or cuda; the GPU where there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="default bfloat16, on a CPU float32")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="default attention-GPU.csv")
     return parser
@@ -58,11 +59,18 @@ def main(arguments: list[str], program: str = "hf-flash-mc bench", folder: Path 
             cells = []
         default = peers.CPU_DEFAULT if not gpu else peers.GPU_QUICK if options.quick else peers.GPU_DEFAULT
         implementations = peers.choose(options.implementations, default)
+        if options.out is not None and options.out.suffix not in ("", ".csv"):
+            raise ValueError(f"out: expected a file that ends in .csv, got {str(options.out)!r}")
     except ValueError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
+    host = not options.only or "host" in options.only
     if options.list:
-        print(text_table(["group", "cell", "directions"], [[c.group, c.name, ", ".join(c.directions)] for c in cells]))
+        rows = [["host", timing.HOST_CELL.name, "host time of a small call"]] if host else []
+        rows += [[c.group, c.name, ", ".join(c.directions)] for c in cells]
+        print(text_table(["group", "cell", "directions"], rows))
+        if cells and not gpu:
+            print("These are the small cells of a CPU; the others need a GPU.")
         return 0
     dtype = DTYPES[options.dtype or ("bfloat16" if gpu else "float32")]
     effort = timing.SMOKE if not gpu else timing.QUICK if options.quick else timing.FULL
@@ -72,7 +80,7 @@ def main(arguments: list[str], program: str = "hf-flash-mc bench", folder: Path 
     command = shlex.join([*program.split(), *(path.name if a == given else a for a in arguments)])
     run = record.describe_run(device, command, effort.text)
     return _Session(run, path, device, dtype, time.monotonic() + options.time_limit).measure(
-        cells, implementations, effort, host=not options.only or "host" in options.only
+        cells, implementations, effort, host
     )
 
 

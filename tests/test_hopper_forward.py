@@ -146,10 +146,9 @@ MANY_TILES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("case", MANY_TILES, ids=str)
-def test_slots_of_weights_are_used_again(case: Case, columns: bool) -> None:
-    run_forward(case, HopperConfig(2, 32, 2, True, columns=columns))
+def test_slots_of_weights_are_used_again(case: Case) -> None:
+    run_forward(case, HopperConfig(2, 32, 2, True))
 
 
 RELEASE = "bar_arrive(K_FREE + stage, GROUPS * 128 + 32)"

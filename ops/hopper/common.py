@@ -30,8 +30,6 @@ class Cut(NamedTuple):
     OUT_COLUMNS: int  # of out, staged at once
     CAPPED: bool  # tanh is computed by an instruction, on logits that nothing is added to
     HALVES: bool  # half of a tile's exponentials come behind the wait for P V, over the work that waited for it
-    FOLD: bool = True  # the scale is multiplied in the exponent
-    COLUMNS: bool = False  # key_log_weight comes as columns of the keys: Q K^T has it already
     STACKED: bool = False  # tiles of packed sequences are counted behind each other: see packed_tile
 
 

@@ -8,8 +8,6 @@ tile on the matrix unit while it computes the softmax of this one, and the warpg
 that one computes products while another computes exponentials.
 """
 
-# mypy: disable-error-code="assignment"
-# (tuples grow in jitted functions)
 from ..portable.common import (
     LN2,
     LOG2E,
@@ -97,55 +95,13 @@ def _stage_weights(weights_s, slot, weight):
 
 
 @gluon.jit
-def _lane_columns(weight_ptr, n0, sk, factor, F: gl.constexpr):
-    """key_log_weight of a tile's keys times ``factor``, 32 keys at a time, for one warp."""
-    KEY: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 16], [32, 1], [1, 1], [1, 0]))
-    COUNT: gl.constexpr = F.BLOCK_N // 32
-    weights = ()
-    for at in gl.static_range(COUNT):
-        col = n0 + at * 32 + gl.arange(0, 32, layout=KEY)
-        weights = weights + (gl.load(weight_ptr + col, mask=col < sk, other=0.0).to(gl.float32) * factor,)
-    return weights
-
-
-@gluon.jit
-def _stage_columns(weights_s, stage, slot, weights):
-    """A tile's weights as 16 more columns of its keys, which meet queries of ones: three hold 24 bits of a weight.
-
-    They cost a consumer one short product in place of an addition for each logit, and of registers. And whether one
-    of them is -inf, as in ``_stage_weights``.
-    """
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [1, 1], [1, 0])
-    COUNT: gl.constexpr = len(weights)
-    columns_s, removed_s = weights_s
-    j = gl.arange(0, 16, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    least = weights[0]
-    for at in gl.static_range(COUNT):
-        weight = weights[at]
-        least = gl.minimum(least, weight)
-        finite = gl.where(weight == float("-inf"), 0.0, weight)
-        high = finite.to(gl.bfloat16).to(gl.float32)
-        middle = (finite - high).to(gl.bfloat16).to(gl.float32)
-        low = finite - high - middle
-        first = gl.where(weight == float("-inf"), weight, high)
-        part = gl.where(j == 0, first[:, None], gl.where(j == 1, middle[:, None], gl.where(j == 2, low[:, None], 0.0)))
-        columns_s.index(stage).slice(at * 32, 32, 0).store(part.to(gl.bfloat16))
-    one = gl.zeros([1], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
-    removed_s.index(slot).store(one + (gl.min(least, 0) == float("-inf")).to(gl.int32))
-    fence_async_shared()
-
-
-@gluon.jit
 def _staged_weights(weights_s, count, LAYOUT: gl.constexpr, F: gl.constexpr, C: gl.constexpr):
     """What ``_stage_weights`` staged for the tile that is ``count`` over all items; nothing without weights."""
     if F.HAS_WEIGHT:
         values_s, removed_s = weights_s
         slot = count % (C.STAGES + 1)
         removed = gl.sum(removed_s.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-        if C.COLUMNS:
-            return 0.0, removed != 0
-        else:
-            return values_s.index(slot).load(LAYOUT), removed != 0
+        return values_s.index(slot).load(LAYOUT), removed != 0
     else:
         return 0.0, False
 
@@ -208,7 +164,7 @@ def _next_item(items, item_full, item_empty, record_s, WARPS: gl.constexpr):
 
 @gluon.jit
 def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, weights_s, barriers, record_s, weight_ptr, strides,
-             scale, GROUP, SK):  # fmt: skip
+             GROUP, SK):  # fmt: skip
     """The producer warp: loads the queries of an item once, and K and V of every tile as stages come free."""
     gl.static_assert(C.STAGES <= 3, "named barriers are for up to 3 stages")
     GROUPS: gl.constexpr = C.GROUPS
@@ -249,19 +205,14 @@ def _produce(F: gl.constexpr, C: gl.constexpr, descs, memory, weights_s, barrier
             if i < masked + full_tiles:
                 stage = count % STAGES
                 n0 = k_start + tile_start(i, plan, BLOCK_N)
-                if C.COLUMNS:
-                    weight = _lane_columns(weights, n0 - k_start, sk, 1 / scale, F)
-                elif F.HAS_WEIGHT:
+                if F.HAS_WEIGHT:
                     weight = _lane_weights(weights, n0 - k_start, sk, F)
                 if count >= STAGES:
                     bar_sync(K_FREE + stage, GROUPS * 128 + 32)
                 mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
                 tma_load(k_desc, [tma_batch, head_k, n0, 0], k_full.index(stage), k_s.index(stage))
                 if F.HAS_WEIGHT:
-                    if C.COLUMNS:
-                        _stage_columns(weights_s, stage, count % (STAGES + 1), weight)
-                    else:
-                        _stage_weights(weights_s, count % (STAGES + 1), weight)
+                    _stage_weights(weights_s, count % (STAGES + 1), weight)
                     mbarrier.arrive(k_full.index(stage), count=1)
                 if i == gl.maximum(masked + full_tiles - AHEAD, 0):
                     mbarrier.arrive(wanted, count=1)
@@ -348,10 +299,11 @@ def _wait_for_values(v_s, v_full, cleaned, phases, count, i, plan, seen, removed
 
 
 @gluon.jit
-def _tile_maximum(s, m, n0, masked, lo, hi, row, weight, removed, weight_ptr, terms, rules, LAYOUT: gl.constexpr,
-                  F: gl.constexpr, C: gl.constexpr):  # fmt: skip
+def _tile_maximum(s, m, n0, masked, lo, hi, row, weight, removed, terms, rules, LAYOUT: gl.constexpr, F: gl.constexpr,
+                  C: gl.constexpr):  # fmt: skip
     """From a tile of q.k to logits, visibility, and the rows' maxima: see ``new_maximum``."""
     LOGITS: gl.constexpr = C.LOGITS
+    FOLD: gl.constexpr = F.PLAIN or C.CAPPED
     scale, softcap, slope = terms
     _, _, sq, sk, _, _ = rules
     col = n0 + gl.arange(0, F.BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
@@ -359,34 +311,29 @@ def _tile_maximum(s, m, n0, masked, lo, hi, row, weight, removed, weight_ptr, te
     if C.CAPPED:
         s = capped(s * (scale / softcap), F)
         scale_log2 = softcap * LOG2E
-    elif not C.FOLD:
+    elif not F.PLAIN:
         s, _ = tile_logits(s, row[:, None], col[None, :], scale, softcap, slope, None, 0, 0, None, sq, sk, LOGITS)
     edge = masked
     if F.HAS_WEIGHT:
-        if not C.COLUMNS:
-            s = s + weight[None, :]
+        s = s + weight[None, :]
         edge = masked | removed  # two branches would become one path of selects, for every tile
     if edge:
         s = hide(s, lo, hi, col, F)
         if F.HAS_WEIGHT:  # a removed key may hold NaN, and NaN - inf is NaN
-            if C.COLUMNS:
-                if removed:
-                    loaded = gl.load(weight_ptr + col, mask=col < sk, other=0.0)
-                    s = gl.where((loaded == float("-inf"))[None, :], float("-inf"), s)
-            else:
-                s = gl.where((weight == float("-inf"))[None, :], float("-inf"), s)
-    m, safe, alpha = new_maximum(s, m, scale_log2, C.FOLD)
+            s = gl.where((weight == float("-inf"))[None, :], float("-inf"), s)
+    m, safe, alpha = new_maximum(s, m, scale_log2, FOLD)
     return s, m, safe, alpha
 
 
 @gluon.jit
 def _exponentials(s, safe, terms, SUMS: gl.constexpr, F: gl.constexpr, C: gl.constexpr):
     """From logits to weights, and each thread's sums of them."""
+    FOLD: gl.constexpr = F.PLAIN or C.CAPPED
     scale, softcap, _ = terms
     scale_log2 = scale * LOG2E
     if C.CAPPED:
         scale_log2 = softcap * LOG2E
-    return exponentials(s, safe, scale_log2, C.FOLD, SUMS)
+    return exponentials(s, safe, scale_log2, FOLD, SUMS)
 
 
 @gluon.jit
@@ -408,25 +355,14 @@ def _queries(q_s, items, GROUP: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def _product(q, k_s, weights_s, stage, zero, F: gl.constexpr, C: gl.constexpr):
-    """Q K^T of a tile, in flight; with COLUMNS plus key_log_weight over the scale."""
-    k = k_s.index(stage).reshape([F.BLOCK_N, C.D]).permute((1, 0))
-    s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
-    if C.COLUMNS:
-        AS_Q: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, F.BLOCK_N, 16]), 2)
-        ones = gl.full([64, 16], 1.0, gl.bfloat16, AS_Q)
-        s = warpgroup_mma(ones, weights_s[0].index(stage).permute((1, 0)), s, is_async=True)
-    return s
-
-
-@gluon.jit
-def _first_product(going, q, k_s, weights_s, q_full, k_full, items, count, zero, F: gl.constexpr, C: gl.constexpr):
+def _first_product(going, q, k_s, q_full, k_full, items, count, zero, F: gl.constexpr, C: gl.constexpr):
     """Q K^T of an item's first tile, in flight; of whatever lies there where no item is to come (going < 0)."""
     stage = count % C.STAGES
     if going >= 0:
         mbarrier.wait(q_full.index(items % C.Q_SLOTS), (items // C.Q_SLOTS) & 1)
         mbarrier.wait(k_full.index(stage), (count // C.STAGES) & 1)
-    return _product(q, k_s, weights_s, stage, zero, F, C)
+    k = k_s.index(stage).reshape([F.BLOCK_N, C.D]).permute((1, 0))
+    return warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -436,6 +372,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
     GROUPS: gl.constexpr = C.GROUPS
     STAGES: gl.constexpr = C.STAGES
     BLOCK_N: gl.constexpr = F.BLOCK_N
+    D: gl.constexpr = C.D
     DV: gl.constexpr = C.DV
     LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
@@ -462,8 +399,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
     phases = record[0] * 0
     if C.TURNS and GROUP == GROUPS - 1:
         bar_arrive(TURN, 256)
-    q = _queries(q_s, items, GROUP, C)
-    s = _first_product(record[0], q, k_s, weights_s, q_full, k_full, items, count, zero, F, C)
+    s = _first_product(record[0], _queries(q_s, items, GROUP, C), k_s, q_full, k_full, items, count, zero, F, C)
     s = warpgroup_mma_wait(0, deps=(s,))
     while record[0] >= 0:
         q = _queries(q_s, items, GROUP, C)
@@ -510,9 +446,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
         n0 = tile_start(0, plan, BLOCK_N)
         weight, removed = _staged_weights(weights_s, count, COL, F, C)
         bits = bits_by_row(dropout, row0, n0, F)
-        s, m, safe, alpha = _tile_maximum(
-            s, m, n0, masked > 0, lo, hi, row, weight, removed, weights, terms, rules, LS, F, C
-        )
+        s, m, safe, alpha = _tile_maximum(s, m, n0, masked > 0, lo, hi, row, weight, removed, terms, rules, LS, F, C)
         p, own = _exponentials(s, safe, terms, SUMS, F, C)
         l = l * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None] + own
         if C.HALVES:
@@ -528,7 +462,8 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             if C.TURNS:
                 bar_sync(TURN + GROUP, 256)
             mbarrier.wait(k_full.index(stage), ((count + 1) // STAGES) & 1)
-            s = _product(q, k_s, weights_s, stage, zero, F, C)
+            k = k_s.index(stage).reshape([BLOCK_N, D]).permute((1, 0))
+            s = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
             phases = _wait_for_values(
                 v_s, v_full, cleaned, phases, count, i - 1, plan, seen, removed, row_start, rules, weights, GROUP, F, C
             )
@@ -544,7 +479,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             if i == n_tiles - 1:
                 bar_arrive(q_free, GROUPS * 128 + 32)
             s, m, safe, alpha = _tile_maximum(
-                s, m, n0, i < masked, lo, hi, row, weight, removed, weights, terms, rules, LS, F, C
+                s, m, n0, i < masked, lo, hi, row, weight, removed, terms, rules, LS, F, C
             )
             if C.HALVES:
                 first_s, second_s = halves(s, HALF)
@@ -595,7 +530,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
         record = _next_item(items, item_full, item_empty, record_s, 4)
         # the next item's first product runs under what is left of this one
         q = _queries(q_s, items, GROUP, C)
-        s = _first_product(record[0], q, k_s, weights_s, q_full, k_full, items, count, zero, F, C)
+        s = _first_product(record[0], q, k_s, q_full, k_full, items, count, zero, F, C)
 
         l = gl.convert_layout(gl.sum(l, 1), ROW)
         # a row that met no key: l is 0, or it holds the sink alone, and acc is 0 either way
@@ -608,7 +543,7 @@ def _consume(GROUP: gl.constexpr, F: gl.constexpr, C: gl.constexpr, o_desc, memo
             lse = gl.where(alone & (m == sink * LOG2E), sink, lse)
         gl.store(lse_at + row, lse, mask=row < sq)
         factor = gl.convert_layout(keep_scale / l_safe, ROW_O)
-        acc = warpgroup_mma_wait(2 if C.COLUMNS else 1, deps=(acc,))
+        acc = warpgroup_mma_wait(1, deps=(acc,))
         bar_arrive(V_FREE + stage, GROUPS * 128 + 32)
         result = (acc * factor[:, None]).to(dtype)
         PARTS: gl.constexpr = DV // C.OUT_COLUMNS
@@ -683,12 +618,9 @@ def attn_fwd_hopper_kernel(q_desc, k_desc, v_desc, o_desc, ranges_ptr, weight_pt
     weights_s = (0, 0)
     if F.HAS_WEIGHT:
         PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-        if C.COLUMNS:
-            AS_KEYS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, 16], gl.bfloat16)
-            values_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_N, 16], AS_KEYS)
-        else:
-            values_s = gl.allocate_shared_memory(gl.float32, [STAGES + 1, BLOCK_N], PLAIN)
-        weights_s = (values_s, gl.allocate_shared_memory(gl.int32, [STAGES + 1, 1], PLAIN))
+        values_s = gl.allocate_shared_memory(gl.float32, [STAGES + 1, BLOCK_N], PLAIN)
+        removed_s = gl.allocate_shared_memory(gl.int32, [STAGES + 1, 1], PLAIN)
+        weights_s = (values_s, removed_s)
     for i in gl.static_range(SLOTS):
         mbarrier.init(q_full.index(i), count=1)
     mbarrier.init(item_full, count=1)
@@ -705,7 +637,7 @@ def attn_fwd_hopper_kernel(q_desc, k_desc, v_desc, o_desc, ranges_ptr, weight_pt
                  (stride_rb, stride_rh, stride_rm), (HQ, SQ, SK, max_q, sequences, work, section),
                  (window_left, window_right), total)  # fmt: skip
     produced = ((q_desc, k_desc, v_desc), (q_s, k_s, v_s), weights_s, loads + (wanted,), record_s, weight_ptr,
-                (stride_wb, stride_wh), scale, GROUP, SK)  # fmt: skip
+                (stride_wb, stride_wh), GROUP, SK)  # fmt: skip
     numbers = (scale, softcap, keep_scale, window_left, window_right, threshold, off_b, off_h, off_m, off_n)
     consumed = (o_desc, (q_s, k_s, v_s, o_s, weights_s), loads + (cleaned,), record_s,
                 (ranges_ptr, weight_ptr, slopes_ptr, sinks_ptr, seed_ptr, o_ptr, lse_ptr),

@@ -30,7 +30,6 @@ class HopperConfig(NamedTuple):
     split: bool = True
     registers: int = 240
     programs: int = 1  # on one multiprocessor
-    columns: bool = False  # key_log_weight, if no softcap comes before it, is multiplied; compiled and emulated only
 
 
 # By padded head dim. Three warpgroups share a tile of keys between 192 rows, where walks are long and 192 divides well.
@@ -72,13 +71,12 @@ def variant(plan: Plan, config: HopperConfig | None = None) -> tuple[Features, C
     f = f._replace(BLOCK_M=GROUP_ROWS * config.groups, BLOCK_N=config.block_n, SANITIZE=f.SANITIZE or plan.packed,
                    CAP_FORM=cap_form(plan.dtype) if f.HAS_SOFTCAP else EXACT_CAP)  # fmt: skip
     # three warpgroups hide that work for each other (2 % slower); with key_log_weight halves were 16 % slower
-    columns = config.columns and f.HAS_WEIGHT and not f.HAS_SOFTCAP
-    halves = config.groups == 2 and not (f.HAS_DROPOUT or (f.HAS_WEIGHT and not columns))
-    capped = f.CAP_FORM > 0 and not (f.HAS_ALIBI or f.HAS_WEIGHT)
+    halves = config.groups == 2 and not (f.HAS_DROPOUT or f.HAS_WEIGHT)
     cut = Cut(
         d, dv, config.groups, config.stages, config.turns, config.split, config.registers, f._replace(HAS_WEIGHT=False),
-        Q_SLOTS=2 if max(d, dv) <= 128 else 1, OUT_COLUMNS=min(dv, 64 if columns else 128), CAPPED=capped,
-        HALVES=halves, FOLD=f.PLAIN or capped or (columns and not f.HAS_ALIBI), COLUMNS=columns,
+        Q_SLOTS=2 if max(d, dv) <= 128 else 1, OUT_COLUMNS=min(dv, 128),
+        CAPPED=f.CAP_FORM > 0 and not (f.HAS_ALIBI or f.HAS_WEIGHT),
+        HALVES=halves,
     )  # fmt: skip
     return f, cut, config
 

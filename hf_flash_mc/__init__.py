@@ -27,22 +27,12 @@ if TYPE_CHECKING:
     from hf_flash_mc.patches import ContextParallel, patch_model, patch_report, patched, shard_batch, unpatch_model
 
 _SUBPACKAGES = ("cli", "megacontext", "ops", "patches")
-_HOMES = {
-    "ops": (
-        "explain_attention",
-        "flash_attention",
-        "flash_attention_paged",
-        "flash_attention_varlen",
-        "merge_attention",
-        "ring_attention",
-        "shard_sequence",
-        "ulysses_attention",
-        "unshard_sequence",
-    ),
-    "patches": ("ContextParallel", "patch_model", "patch_report", "patched", "shard_batch", "unpatch_model"),
-    "megacontext": ("MegaContextConfig", "attach_megacontext", "detach_megacontext", "load_megacontext"),
-}
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
+# where the names of __all__ live that are not in ops
+_HOME = dict.fromkeys(
+    ("ContextParallel", "patch_model", "patch_report", "patched", "shard_batch", "unpatch_model"), "patches"
+) | dict.fromkeys(
+    ("MegaContextConfig", "attach_megacontext", "detach_megacontext", "load_megacontext"), "megacontext"
+)  # fmt: skip
 
 __all__ = [
     "ContextParallel",
@@ -70,9 +60,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _SUBPACKAGES:
         return import_module(f"{__name__}.{name}")
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_HOME.get(name, 'ops')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -195,6 +195,16 @@ def hold(model: Any, by: str) -> None:
     state.held_by = by
 
 
+def unpatch_held(model: Any, by: str) -> None:
+    """unpatch_model for whoever holds the model; where that fails, it is held as before."""
+    hold(model, "")
+    try:
+        unpatch_model(model)
+    except BaseException:
+        hold(model, by)
+        raise
+
+
 @contextmanager
 def patched(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
     """``with patched(model): ...``: patch_model on entry, unpatch_model on exit, also after an exception.

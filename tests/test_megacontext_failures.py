@@ -7,6 +7,7 @@ import dataclasses
 import pickle
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from patch_models import causal_model
 from test_megacontext_session import CONFIG, attached, edits, history, logits_of
 from transformers import BatchEncoding
 
-from hf_flash_mc import MegaContextConfig, attach_megacontext, detach_megacontext, patch_model
+from hf_flash_mc import MegaContextConfig, attach_megacontext, detach_megacontext, patch_model, unpatch_model
 from hf_flash_mc.megacontext.store import FileStore
 
 TRAINED = {"width": 32, "head_dim": 16}
@@ -429,6 +430,23 @@ def test_another_default_dtype_is_no_ones_weights() -> None:
     again.ingest(history(200))
     again.refocus()
     assert torch.equal(again.generate(max_new_tokens=4, do_sample=False), tokens)
+
+
+def test_what_cannot_be_unpatched_stays_attached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while continuous batching runs on it: detaching stopped halfway, and disable() stayed disabled."""
+    model = attached()
+    ids = history(9)
+    with monkeypatch.context() as patch:
+        patch.setattr(model._mc_state, "claim", Mock(**{"end.side_effect": RuntimeError("still runs")}))
+        with pytest.raises(RuntimeError, match="still runs"):
+            detach_megacontext(model)
+        with pytest.raises(RuntimeError, match="still runs"), model.megacontext.disable():
+            pass
+    with pytest.raises(RuntimeError, match="detach_megacontext"):
+        unpatch_model(model)
+    model.megacontext.session().ingest(ids)
+    detach_megacontext(model)
+    assert not hasattr(model, "_mc_state")
 
 
 def test_disable_within_disable() -> None:

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_flash_mc.patches import patch_model, unpatch_model
-from hf_flash_mc.patches.api import find_root, hold
+from hf_flash_mc.patches.api import find_root, hold, unpatch_held
 
 from .config import MegaContextConfig
 from .gistnet import build_gist
@@ -90,8 +90,7 @@ class MegaContext(nn.Module, ModelHubMixin):
             yield
             return
         if self._patched_here:
-            hold(self.base, "")
-            unpatch_model(self.base)
+            unpatch_held(self.base, DETACH)
         self.enabled = False
         try:
             yield
@@ -195,10 +194,11 @@ def detach_megacontext(model: Any) -> Any:
         raise ValueError(f"model: {type(root).__name__} has no megacontext; call attach_megacontext(model) first")
     if not addon.enabled:
         raise RuntimeError("model: its megacontext is disabled; detach it outside of model.megacontext.disable()")
-    delattr(root, NAME)
-    hold(root, "")
     if addon._patched_here:
-        unpatch_model(model)
+        unpatch_held(model, DETACH)
+    else:
+        hold(root, "")
+    delattr(root, NAME)
     addon._hold = ()
     return model
 

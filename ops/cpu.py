@@ -80,7 +80,9 @@ def backward(
     work = accumulate_dtype(q.dtype)
     weight = spec.key_log_weight
     # summed in the accumulation dtype, cast once at the end
-    dq, dk, dv = (x.new_zeros(x.shape, dtype=work) for x in (q, k, v))
+    dq, dk, dv = (
+        x.new_zeros(x.shape, dtype=work) if need else None for x, need in zip((q, k, v), needs[:3], strict=True)
+    )
     dbias = spec.bias.new_zeros(spec.bias.shape, dtype=work) if needs.dbias and spec.bias is not None else None
     dweight = weight.new_zeros(weight.shape, dtype=work) if needs.dkey_log_weight and weight is not None else None
     dsinks = spec.sinks.new_zeros(spec.sinks.shape, dtype=work) if needs.dsinks and spec.sinks is not None else None
@@ -90,14 +92,15 @@ def backward(
     else:
         for rows, keys, one in _sequences(q, k, spec, varlen):
             dweight_ = None if dweight is None else dweight[None, :, keys]
-            sums = Gradients(_dense(dq, rows), _dense(dk, keys), _dense(dv, keys), None, dweight_, dsinks)
+            dq_, dk_, dv_ = (None if x is None else _dense(x, at) for x, at in ((dq, rows), (dk, keys), (dv, keys)))
+            sums = Gradients(dq_, dk_, dv_, None, dweight_, dsinks)
             dlse_ = None if dlse is None else dlse[None, :, rows]
             qkv = _dense(q, rows), _dense(k, keys), _dense(v, keys)
             _backward(_dense(dout, rows), dlse_, *qkv, _dense(out, rows), lse[None, :, rows], one, sums)
     return Gradients(
-        new_bshd(q).copy_(dq) if needs.dq else None,
-        new_bshd(k).copy_(dk) if needs.dk else None,
-        new_bshd(v).copy_(dv) if needs.dv else None,
+        None if dq is None else new_bshd(q).copy_(dq),
+        None if dk is None else new_bshd(k).copy_(dk),
+        None if dv is None else new_bshd(v).copy_(dv),
         None if dbias is None else dbias.to(spec.bias.dtype),  # type: ignore[union-attr]
         None if dweight is None else dweight.to(weight.dtype),  # type: ignore[union-attr]
         None if dsinks is None else dsinks.to(spec.sinks.dtype),  # type: ignore[union-attr]
@@ -345,6 +348,7 @@ def _pieces_backward(
         at, kv = (batch, heads, rows), (batch, _key_heads(heads, hq, k.shape[1]), keys)
         rows_ = _cut(dout, *at), _cut(q, *at), _cut(k, *kv), _cut(v, *kv), _cut(out, *at), _cut(lse, *at)
         dq, dk, dv_ = _FLASH_BACKWARD(*rows_, 0.0, causal, scale=scale)
-        sums.dq[at] += dq[..., :d]  # type: ignore[index]
-        sums.dk[kv] += dk[..., :d]  # type: ignore[index]
-        sums.dv[kv] += dv_[..., :dv]  # type: ignore[index]
+        parts = (sums.dq, at, dq[..., :d]), (sums.dk, kv, dk[..., :d]), (sums.dv, kv, dv_[..., :dv])
+        for total, where, part in parts:
+            if total is not None:
+                total[where] += part

@@ -238,8 +238,7 @@ def tiled_backward(tiles: Tiles, lse: Tensor, delta: Tensor, sums: Gradients) ->
     """Adds to every tensor of ``sums``; ``delta`` [B, Hq, Sq] is rowsum(dout * out) - dlse."""
     lse, delta, spec = tiles.split(lse), tiles.split(delta), tiles.spec
     lse = lse.masked_fill(lse == -_INF, _INF)[..., None]  # a row that sees nothing gets P = 0
-    assert sums.dq is not None and sums.dk is not None and sums.dv is not None  # noqa: PT018
-    dq, dk, dv = tiles.split(sums.dq), sums.dk, sums.dv
+    dq, dk, dv = None if sums.dq is None else tiles.split(sums.dq), sums.dk, sums.dv
     dbias = None if sums.dbias is None else tiles.split(sums.dbias)
     dweight = None if sums.dkey_log_weight is None else sums.dkey_log_weight[:, :, None, None, :]
     for b, r, columns in tiles:
@@ -258,7 +257,8 @@ def tiled_backward(tiles: Tiles, lse: Tensor, delta: Tensor, sums: Gradients) ->
                 factor = tiles.dropout(b, r, c)
                 dropped = p * factor
                 dp *= factor
-            dv[b, :, c] += dropped.flatten(2, 3).transpose(-1, -2) @ dout
+            if dv is not None:
+                dv[b, :, c] += dropped.flatten(2, 3).transpose(-1, -2) @ dout
             ds = dp.sub_(delta[b, :, :, r, None]).mul_(p)
             for total in (dbias, dweight):
                 if total is not None:
@@ -267,5 +267,7 @@ def tiled_backward(tiles: Tiles, lse: Tensor, delta: Tensor, sums: Gradients) ->
             if tanh is not None:
                 ds *= 1 - tanh.square()
             ds = ds.flatten(2, 3)
-            dq[b, :, :, r] += (ds @ key).mul_(tiles.scale).view_as(dq[b, :, :, r])
-            dk[b, :, c] += ds.transpose(-1, -2) @ query
+            if dq is not None:
+                dq[b, :, :, r] += (ds @ key).mul_(tiles.scale).view_as(dq[b, :, :, r])
+            if dk is not None:
+                dk[b, :, c] += ds.transpose(-1, -2) @ query

@@ -52,6 +52,29 @@ def test_values_and_gradients(case: Case) -> None:
     run_case(case, "cpu")
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(causal=True, Sq=17, Sk=65, dlse=True),  # ATen's kernel
+        Case(bias="hqk-", key_log_weight="bh-", sinks=True, B=2, Hq=4, Sq=13, Sk=70),  # tiles
+        Case(varlen=((3, 0), (0, 4), (7, 9)), causal=True, key_log_weight="bh-", Hq=4, dlse=True),
+    ],
+    ids=str,
+)
+def test_a_gradient_asked_for_alone_is_the_one_asked_for_with_others(case: Case) -> None:
+    inputs = make_inputs(case)
+    q, k, v, spec, varlen = inputs.q, inputs.k, inputs.v, inputs.spec, inputs.varlen
+    out, lse = cpu.forward(q, k, v, spec, varlen)
+    there = (True, True, True, spec.bias is not None, spec.key_log_weight is not None, spec.sinks is not None)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse) if case.dlse else None
+    together = cpu.backward(dout, dlse, q, k, v, out, lse, spec, Needs(*there), False, varlen)
+    for i in range(6):
+        needs = Needs(*(there[j] and i == j for j in range(6)))
+        for j, x in enumerate(cpu.backward(dout, dlse, q, k, v, out, lse, spec, needs, False, varlen)):
+            assert (x is None) == (not needs[j])
+            assert x is None or torch.equal(x, together[j])
+
+
 def pieces(case: Case) -> list[tuple[int, int, int, int, bool]] | None:
     """First row, rows, first key, keys and causality of the pieces a case decomposes into."""
     inputs = make_inputs(case)

@@ -58,9 +58,13 @@ def test_reads_what_was_appended(new_store, shape, dtype):
     torch.testing.assert_close(store.read(slice(0, 64)), want[:64], rtol=0, atol=0)
     assert store.append(want[64:]) == len(store) == 111
     index = torch.tensor([110, 0, 63, 64, 63])
+    runs = torch.tensor([*range(40, 70), *range(69, 49, -1), *range(20), 5, *range(111)])
     for got, expected in (
         (store.read(slice(None)), want),
         (store.read(index), want[index]),
+        (store.read(runs), want[runs]),
+        (store.read(runs[:30]), want[40:70]),
+        (store.read(index[:0]), want[:0]),
         (store.read(slice(5, 5)), want[:0]),
     ):
         assert got.dtype == dtype

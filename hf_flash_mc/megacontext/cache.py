@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-MASS_ELEMENTS = 2**26  # attention weights made at a time by `attention_mass`
+from hf_flash_mc.ops import flash_attention
 
 
 class SlotLayer(CacheLayerMixin):
@@ -302,6 +302,7 @@ class MegaContextCache(Cache):
         self.queries[:, :, :count] = queries.to(self.queries)
         self._query_count, self._query_at = count, count % max(self.observe, 1)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def attention_mass(self, scaling: list[float], softcap: float | None = None, last: int | None = None) -> Tensor:
         """The share of attention that each column got from the last queries, float32 [end]: mean over layers and heads.
@@ -314,19 +315,19 @@ class MegaContextCache(Cache):
         layers = [index for index, window in enumerate(self.windows) if window is None] or list(range(len(self.layers)))
         if not rows:
             return mass
-        heads, dim = self.kv.shape[2], self.kv.shape[4]
-        step = max(1, MASS_ELEMENTS // (queries.shape[1] * rows * end))  # layers at a time
-        for part in (layers[i : i + step] for i in range(0, len(layers), step)):
+        for scale in sorted({scaling[layer] for layer in layers}):
+            part = [layer for layer in layers if scaling[layer] == scale]
             whole = slice(part[0], part[-1] + 1) if len(part) == part[-1] + 1 - part[0] else part
-            keys = self.kv[0, whole, :, :end]  # [l, Hkv, end, D]
-            factor = torch.tensor([scaling[layer] for layer in part]).to(keys)[:, None, None, None]
-            grouped = (queries[whole] * factor).reshape(len(part), heads, -1, dim)  # [l, Hkv, G * n, D]
-            logits = torch.matmul(grouped, keys.transpose(-1, -2))  # in the keys' dtype: half of the traffic
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            logits += self.log_weight[whole, :, None, :end]
-            mass += logits.softmax(-1, dtype=torch.float32).mean((1, 2)).sum(0)
-        return mass / len(layers)
+            keys = self.kv[0, whole, :, :end]  # [l, Hkv, end, D]; they stand in for values, which lse has nothing of
+            # the gradient of log-sum-exp by a key's log weight is the share that the key gets
+            with torch.enable_grad():
+                weight = self.log_weight[whole, :, :end].clone().requires_grad_()
+                _, lse = flash_attention(
+                    queries[whole], keys, keys, key_log_weight=weight, softcap=softcap, scale=scale, return_lse=True
+                )
+                (share,) = torch.autograd.grad(lse.sum(), weight)
+            mass += share.float().sum((0, 1))
+        return mass / (len(layers) * queries.shape[1] * rows)
 
     def reset(self) -> None:
         """Forget everything."""

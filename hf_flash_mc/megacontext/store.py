@@ -150,7 +150,13 @@ class MemoryStore(_Records):
 
     def read(self, index: Index) -> Tensor:
         where = self._located(index)
-        return self._data[where].clone() if isinstance(where, slice) else self._data[torch.from_numpy(where)]
+        if isinstance(where, slice):
+            return self._data[where].clone()
+        breaks = np.flatnonzero(np.diff(where) != 1) + 1
+        if 8 * (len(breaks) + 1) > len(where):
+            return self._data.index_select(0, torch.from_numpy(where))
+        # the tokens of a few gists: copies of whole runs take a tenth of the time of [where]
+        return torch.cat([self._data[run[0] : run[-1] + 1] for run in np.split(where, breaks)])
 
     def write(self, index: Index, records: Tensor) -> None:
         where = self._for_writing(index)

@@ -64,7 +64,7 @@ def test_pages_hold_what_the_files_say_and_only_between_markers(tmp_path: Path) 
     assert text.endswith("<!-- kills:end -->\nbetween\nafter\n")
     assert "old" not in text
     assert text.count("leaves 2.500 nats a token") == 2
-    line = "{} | {} | {:.3f} ± 0.000 | {:.3f} ({:.3f} to {:.3f}) | {} ({} to {}) | 0.0001 | {} |  |  |"
+    line = "{} | {} | {:.3f} ± 0.000 | {:.3f} ({:.3f} to {:.3f}) | {} ({} to {}) | 0.0001 | {} |"
     assert line.format("| gists", 96, *[1.5] * 4, *["25%"] * 3, "") in text
     assert line.format("| trained gists", "", *[1.0] * 4, *["50%"] * 3, "0.0001") in text
     assert "| SnapKV (kvpress) | | not run: kvpress is not installed |" in text

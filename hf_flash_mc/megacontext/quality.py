@@ -16,7 +16,8 @@ import numpy as np
 
 JUDGED = slice(32, 64)  # targets that count: the first ones are easy from the tail alone
 BOOTSTRAPS = 10_000
-RIVALS = ("drop", "gists", "recency", "gist mass")  # whom the table tests against; gists: means, as before training
+# whom the table tests against; gists: means, as before training; the last two, of trained gists: for a trained lens
+RIVALS = ("drop", "gists", "recency", "gist mass", "trained recency", "trained gist mass")
 Row = dict[str, list[float]]
 Needle = dict[str, Any]  # a row of examples/needle.py
 
@@ -96,13 +97,13 @@ def compare(losses: Mapping[str, Sequence[float] | np.ndarray], seed: int = 0) -
 
 def table_of(lines: Sequence[Comparison], slots: dict[str, int] | None = None, missing: Sequence[str] = ()) -> str:
     """The table as markdown; slots: of each state; missing: lines for what was not run, each "name: reason"."""
+    rivals = [rival for rival in RIVALS if any(rival in line.p for line in lines)]
     text = [
-        "| state | slots | cost, nats | median (95 %) | recovered R (95 %) | p: not below drop | gists | recency "
-        "| gist mass |",
-        "|---" * 9 + "|",
+        "| state | slots | cost, nats | median (95 %) | recovered R (95 %) | p: not below " + " | ".join(rivals) + " |",
+        "|---" * (5 + len(rivals)) + "|",
     ]
     for line in lines:
-        p = " | ".join("" if rival not in line.p else f"{line.p[rival]:.4f}" for rival in RIVALS)
+        p = " | ".join("" if rival not in line.p else f"{line.p[rival]:.4f}" for rival in rivals)
         cost = f"{line.cost:.3f} ± {line.error:.3f}"
         median = f"{line.median:.3f} ({line.median_low:.3f} to {line.median_high:.3f})"
         share = f"{line.recovered:.0%} ({line.low:.0%} to {line.high:.0%})"
@@ -110,7 +111,7 @@ def table_of(lines: Sequence[Comparison], slots: dict[str, int] | None = None, m
         text.append(f"| {line.name} | {size} | {cost} | {median} | {share} | {p} |")
     for reason in missing:
         name, _, why = reason.partition(": ")
-        text.append(f"| {name} | | not run: {why} | | | | | | |")
+        text.append(f"| {name} | | not run: {why} | " + " | " * (1 + len(rivals)) + "|")
     return "\n".join(text)
 
 

@@ -2,6 +2,7 @@
 
     compute-sanitizer --tool memcheck --error-exitcode 1 python -m benchmarks.sanitize
     compute-sanitizer --tool racecheck --error-exitcode 1 python -m benchmarks.sanitize --quick
+    TRITON_INSTRUMENTATION_MODE=consan python -m benchmarks.sanitize --shapes 4    # Triton's own, for mbarriers
 
     for i in $(seq 0 15); do compute-sanitizer ... python -m benchmarks.sanitize --shard $i/16 & done; wait
 
@@ -28,6 +29,14 @@ LARGEST, SMALLEST = 2**31 - 1, -(2**31)
 DENSE = [(1, 2, 1, 1, 1), (2, 4, 2, 63, 111), (1, 2, 2, 111, 63), (1, 4, 1, 257, 257), (1, 2, 1, 130, 530)]
 HEAD_DIMS = [(16, 16), (64, 64), (80, 80), (128, 64), (256, 256)]
 LENGTHS = [(5, 70, 0, 33), (9, 64, 12, 0)]  # of the packed sequences: queries, keys
+INSTRUMENTED = bool(os.environ.get("TRITON_INSTRUMENTATION_MODE"))
+
+
+def give_scratch(_: Any = None) -> None:
+    """What instrumented kernels keep their notes in; Triton knows an allocator by thread, and autograd has its own."""
+    import triton
+
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
 
 
 def hostile_ranges(*shape: int, device: str) -> Tensor:
@@ -84,6 +93,9 @@ def run(name: str, call: Callable[..., Any], qkv: tuple[Tensor, ...], options: d
     leaves = [x.detach().requires_grad_() for x in qkv]
     extra = [x for x in options.values() if isinstance(x, Tensor) and x.requires_grad]
     out, lse = call(*leaves, **options, return_lse=True)
+    if INSTRUMENTED:
+        for x in (out, lse):
+            x.register_hook(give_scratch)
     safe = torch.where(lse.isfinite(), lse, torch.zeros_like(lse))
     torch.autograd.grad((out.float().sum() + safe.sum()), [*leaves, *extra], allow_unused=True)
     if out.is_cuda:
@@ -94,6 +106,8 @@ def run(name: str, call: Callable[..., Any], qkv: tuple[Tensor, ...], options: d
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape and two head dims")
+    parser.add_argument("--shapes", type=int, nargs="+", metavar="I", help="of DENSE: only these")
+    parser.add_argument("--head-dims", type=int, nargs="+", metavar="D", help="of q and k: only these")
     parser.add_argument("--shard", default="0/1", help="I/N: the I-th of every N kinds of call (default 0/1, all)")
     parser.add_argument("--impl", default="triton", help="the back end (default triton)")
     parser.add_argument("--device", default="cuda")
@@ -104,6 +118,10 @@ def main(arguments: list[str] | None = None) -> int:
     mine, shards = (int(n) for n in options.shard.split("/"))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     shapes, head_dims = (DENSE[1:2], HEAD_DIMS[1:3]) if options.quick else (DENSE, HEAD_DIMS)
+    shapes = shapes if options.shapes is None else [DENSE[i] for i in options.shapes]
+    head_dims = [x for x in head_dims if options.head_dims is None or x[0] in options.head_dims]
+    if INSTRUMENTED:
+        give_scratch()
     queries, keys = (sum(n) for n in LENGTHS)
     kinds = len(list(dense_options(*DENSE[0], device)))
     for n, (d, dv) in enumerate(head_dims):

@@ -3,12 +3,14 @@
 Quality from results/quality-*.json (`hf-flash-mc evaluate --out`), needles and soak from needles-*.json and
 soak-*.json (examples/needle.py and soak.py), positions from positions-*.json (`benchmarks.positions`), parts from
 megacontext-*.json (`benchmarks.megacontext`), kills from training-kills-*.json (`benchmarks.kills`), memory from
-activation-memory-*.json (`benchmarks.activation_memory`), tests and sanitizers on a GPU from guards-*.json. A picture
-of the same name, quality-X.png, is shown beneath its table.
+activation-memory-*.json (`benchmarks.activation_memory`), tests and sanitizers on a GPU from guards-*.json, attention
+over several GPUs from ring-*.csv (`benchmarks.ring`). A picture of the same name, quality-X.png, is shown beneath its
+table.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable
@@ -19,7 +21,7 @@ import numpy as np
 
 from hf_flash_mc.megacontext.quality import BOOTSTRAPS, compare, needle_table, table_of
 
-PAGES = ("megacontext.md", "benchmarks.md", "guards.md")  # of docs/
+PAGES = ("megacontext.md", "benchmarks.md", "guards.md", "distributed.md")  # of docs/
 SETTLED = 10_000  # tokens of a soak after which memory should not grow
 Found = dict[str, Any]
 
@@ -126,6 +128,36 @@ def activations(found: Found) -> str:
     return markdown_table(["head", "context", "windows", "ours, MiB", "eager, MiB", "eager / ours"], body)
 
 
+def spread(found: Found) -> str:
+    """Each length and direction: how many times as fast as one GPU, and the memory of the fullest."""
+    rows, alone = found["rows"], "one rank"
+    names = [name for name in dict.fromkeys(row["implementation"] for row in rows) if name != alone]
+    body = []
+    for cell, direction in dict.fromkeys((row["cell"], row["direction"]) for row in rows):
+        mine = {row["implementation"]: row for row in rows if (row["cell"], row["direction"]) == (cell, direction)}
+        one = mine[alone]
+        head = [f"{int(one['sq']):,}", "causal" if one["causal"] == "True" else "full", direction]
+        cells = [f"{float(one['median_ms']):.0f} ms, {float(one['peak_gib']):.1f} GiB"]
+        for name in names:
+            row = mine.get(name, {})
+            timed = row.get("times_one")
+            cells.append(f"{float(timed):.2f} x, {float(row['peak_gib']):.1f} GiB" if timed else row.get("note", "-"))
+        body.append([*head, *cells])
+    ranks = max(int(row["ranks"]) for row in rows)
+    q, kv, d = (rows[0][name] for name in ("q_heads", "kv_heads", "head_dim"))
+    table = markdown_table(["tokens", "mask", "direction", "one GPU", *names], body)
+    return f"{ranks} GPUs; {q} query and {kv} KV heads of {d}.\n\n{table}"
+
+
+def load(path: Path) -> Found:
+    """A result file; of a CSV the rows, and what all of them say about the run."""
+    if path.suffix == ".json":
+        return dict(json.loads(path.read_text()))
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {"run": rows[0], "rows": rows}
+
+
 KINDS: dict[str, tuple[str, Callable[[Found], str]]] = {
     "quality": ("quality-*.json", quality),
     "needles": ("needles-*.json", needles),
@@ -135,6 +167,7 @@ KINDS: dict[str, tuple[str, Callable[[Found], str]]] = {
     "activations": ("activation-memory-*.json", activations),
     "kills": ("training-kills-*.json", kills),
     "guards": ("guards-*.json", guards),
+    "ring": ("ring-*.csv", spread),
 }
 
 
@@ -156,7 +189,7 @@ def section(name: str, results: Path) -> str:
     pattern, show = KINDS[name]
     parts = []
     for path in sorted(results.glob(pattern)):
-        found = json.loads(path.read_text())
+        found = load(path)
         parts += [show(found), origin(found["run"], path)]
         if path.with_suffix(".png").exists():
             parts.append(f"![{path.stem}](../benchmarks/results/{path.stem}.png)")

@@ -105,6 +105,21 @@ def test_the_command_fills_and_checks_them(tmp_path: Path, capsys: pytest.Captur
     assert "out of date: megacontext.md, benchmarks.md" in capsys.readouterr().out
 
 
+def test_attention_over_gpus_is_compared_with_one(tmp_path: Path) -> None:
+    names = ["cell", "direction", "implementation", "sq", "causal", "median_ms", "peak_gib", "times_one", "ranks"]
+    names += ["note", "q_heads", "kv_heads", "head_dim", *RUN]
+    rows = [
+        ["a", "forward", "one rank", 65536, True, 50.4, 4.0, 1.0, 1, "", 32, 8, 128, *RUN.values()],
+        ["a", "forward", "ring", 65536, True, 28.0, 2.04, 1.8, 2, "", 32, 8, 128, *RUN.values()],
+        ["a", "forward", "torch", 65536, True, "", "", "", 2, "wrong: dq", 32, 8, 128, *RUN.values()],
+    ]
+    (tmp_path / "ring-a.csv").write_text("\n".join(",".join(map(str, row)) for row in [names, *rows]))
+    text = sections.filled(page("ring"), tmp_path)
+    assert "2 GPUs; 32 query and 8 KV heads of 128." in text
+    assert "| 65,536 | causal | forward | 50 ms, 4.0 GiB | 1.80 x, 2.0 GiB | wrong: dq |" in text
+    assert "a GPU, float32, torch 2, transformers 5, commit abcdef012345, 2026-01-01" in text
+
+
 def test_every_kind_has_its_place_in_docs() -> None:
     pages = "".join((report.ROOT / "docs" / name).read_text() for name in sections.PAGES)
     for name in sections.KINDS:

@@ -189,6 +189,22 @@ def test_a_model_that_was_cast_is_not_the_sessions() -> None:
     session.ingest(history(3))
 
 
+def test_sessions_of_a_model_in_float64() -> None:
+    """Whether loaded in it or cast to it; what is float32 in the heads stays so."""
+    ids = history(100)
+    wanted = logits_of(attached().double(), ids)
+    for model in (attached().double(), attach_megacontext(causal_model("llama").double(), CONFIG)):
+        session = model.megacontext.session()
+        logits = session.ingest(ids, return_logits=True)
+        assert logits.dtype == torch.float64
+        torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-10)
+        session.ingest(history(100, seed=2))
+        assert (session.working_context.lod > 0).any()
+        session.refocus(rounds=2, reread=3)
+        assert session.generate(max_new_tokens=3).shape == (1, 3)
+        session.check_invariants()
+
+
 def test_ids_of_any_whole_dtype_and_no_other() -> None:
     ids = history(60)[0]
     wanted = attached().megacontext.session().ingest(ids, return_logits=True)
@@ -430,6 +446,19 @@ def test_another_default_dtype_is_no_ones_weights() -> None:
     again.ingest(history(200))
     again.refocus()
     assert torch.equal(again.generate(max_new_tokens=4, do_sample=False), tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_attached_under_another_default_dtype(dtype: torch.dtype) -> None:
+    """As ``torch.set_default_dtype`` has it for who loads a model in that way."""
+    torch.set_default_dtype(dtype)
+    try:
+        session = attach_megacontext(causal_model("llama").to(dtype), CONFIG).megacontext.session()
+        session.ingest(history(200))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    session.check_invariants()
+    assert (session.working_context.lod > 0).any()
 
 
 def test_what_cannot_be_unpatched_stays_attached(monkeypatch: pytest.MonkeyPatch) -> None:

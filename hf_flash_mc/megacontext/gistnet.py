@@ -194,7 +194,8 @@ class KVGist(nn.Module):
 
 def _rms(x: Tensor) -> Tensor:
     """Root mean square over children and dimensions: ``[n, K, L, H, D]`` -> ``[n, L, H, 1]``; a constant, not 0."""
-    norm = torch.linalg.vector_norm(x.detach(), dim=(1, 4), dtype=torch.float32)
+    wide = torch.promote_types(x.dtype, torch.float32)  # torch refuses to narrow float64 here
+    norm = torch.linalg.vector_norm(x.detach(), dim=(1, 4), dtype=wide).float()
     return (norm / math.sqrt(x.shape[1] * x.shape[4])).clamp(min=1e-12)[..., None]
 
 

@@ -231,12 +231,13 @@ def _is_interleaved(rotary: Any, attention: Any, inv_freq: Tensor, kind: str | N
     function = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if function is not None:
         size, device = 2 * inv_freq.shape[-1], inv_freq.device
-        x = torch.linspace(-1, 1, 7 * size, device=device).sin().reshape(1, 1, 7, size)
+        # float32 whatever torch's default dtype is, or what the model and so its frequencies were cast to
+        x = torch.linspace(-1, 1, 7 * size, dtype=torch.float32, device=device).sin().reshape(1, 1, 7, size)
         positions = torch.arange(3, 10, device=device)
         theirs = function(x, x, *rotary(x, positions[None], *([] if kind is None else [kind])))[1]
         scaling = getattr(rotary, "attention_scaling" if kind is None else f"{kind}_attention_scaling", 1.0)
         for interleaved in (False, True):
-            tables = rope_tables(inv_freq, positions, scaling, interleaved=interleaved)
+            tables = rope_tables(inv_freq.float(), positions, scaling, interleaved=interleaved)
             if torch.allclose(rotate(x, *tables, interleaved=interleaved), theirs, rtol=1e-4, atol=1e-4):
                 return interleaved
     raise NotImplementedError(

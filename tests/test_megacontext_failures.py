@@ -189,6 +189,20 @@ def test_a_model_that_was_cast_is_not_the_sessions() -> None:
     session.ingest(history(3))
 
 
+def test_a_cast_model_rotates_by_the_frequencies_that_it_has_then() -> None:
+    """``.bfloat16()`` rounds rotary frequencies too; those from before it would turn keys by a wrong angle."""
+    config = dataclasses.replace(CONFIG, lens={"kind": "recall"}, gist={"rank": 0})
+    before, after = (causal_model("llama") for _ in range(2))
+    attach_megacontext(before, config).bfloat16()
+    attach_megacontext(after.bfloat16(), config)
+    found = []
+    for model in (before, after):
+        session = model.megacontext.session(recall=[(0, 1), (1, 2)])
+        session.ingest(history(300))
+        found.append((session.memory.recall.store.read(slice(None)), session.recall_mass(), session.next_logits()))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
 def test_sessions_of_a_model_in_float64() -> None:
     """Whether loaded in it or cast to it; what is float32 in the heads stays so."""
     ids = history(100)

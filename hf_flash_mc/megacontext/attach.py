@@ -57,6 +57,12 @@ class MegaContext(nn.Module, ModelHubMixin):
             raise RuntimeError("megacontext: it is attached to no model; call attach_megacontext or load_megacontext")
         return self._hold[0]
 
+    def follow_base(self) -> None:
+        """Take the rotary positions that the base model has now: a cast, as by ``.bfloat16()``, rounds frequencies."""
+        self.rope = rope_of(self.base)
+        if self.config.backend == "kv":
+            self.gist.follow(self.rope)
+
     def session(self, folder: str | Path | None = None, **options: Any) -> Any:
         """A new, empty history; its tree in memory, or in files under ``folder``. See `MegaContextSession`."""
         from .session import MegaContextSession

@@ -134,6 +134,7 @@ class GistTask(nn.Module):
     def __init__(self, model: Any, layout: Layout, weights: Weights | None = None) -> None:
         super().__init__()
         addon = model.megacontext
+        addon.follow_base()
         self.gist, self.config, self.layout = addon.gist, addon.config, layout
         self.weights = Weights() if weights is None else weights
         self._hold = (model, addon.rope)  # not submodules

@@ -101,6 +101,10 @@ class KVGist(nn.Module):
             )
         return rope
 
+    def follow(self, rope: Rope) -> None:
+        """Go on with these rotary positions."""
+        self._rope = rope
+
     def forward(self, keys: Tensor, values: Tensor, *, lod: int, positions: Tensor | None = None) -> PooledKV:
         """Pool n windows at once, in float32.
 

@@ -68,6 +68,7 @@ class MegaContextSession(Focus):
                 "again when what they see was edited; set it in the MegaContextConfig"
             )
         self.addon, self.model, self.config = addon, addon.base, addon.config
+        addon.follow_base()
         self.chunk_size = chunk_size
         self.folder = None if folder is None else Path(folder).absolute()  # also after os.chdir
         text = self.model.config.get_text_config(decoder=True)

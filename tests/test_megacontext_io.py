@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -249,6 +250,32 @@ def test_a_save_that_is_killed_leaves_the_one_before_it(tmp_path: Path, monkeypa
     again = model.megacontext.load_session(tmp_path)
     again.check_invariants()
     assert len(again) == 330
+
+
+def test_a_durable_session_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all of its files, the token ids last: a tree longer than its positions could not be opened."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(handle: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    monkeypatch.setattr("os.fsync", noted)
+    model = attached(config=dataclasses.replace(LONG, lens={"kind": "recall"}))
+    session = model.megacontext.session(tmp_path, durable=True, chunk_size=16)
+    for _ in range(2):  # as it began, and as it was loaded
+        synced.clear()
+        session.ingest(history(60))
+        last = {name: i for i, name in enumerate(synced)}
+        assert {"positions.ctx", "recall.ctx", "KV0.ctx", "LOD1.ctx", "LOD0.ctx"} <= last.keys()
+        assert max(last, key=last.__getitem__) == "LOD0.ctx"
+        synced.clear()
+        session.save(tmp_path)
+        assert synced[-2:] == [f"{STATE}.new", tmp_path.name]
+        session.close()
+        session = model.megacontext.load_session(tmp_path)
+    session.close()
 
 
 def _killed(*_: object) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .allocator import AllocatorState
 from .attach import MegaContext, attach_megacontext, base_name, detach_megacontext
 from .config import MegaContextConfig
-from .store import StoreError
+from .store import StoreError, sync_folder
 from .working_context import InvariantError, WorkingContext
 
 if TYPE_CHECKING:
@@ -168,10 +168,11 @@ def save_session(session: MegaContextSession, folder: str | Path) -> None:
         "since_refocus": session._since_refocus,
         "chunk_size": session.chunk_size,
         "observe": cache.observe,
+        "durable": session.durable,
         "telemetry": session.stats.to_dict(),
         "recall": None if memory.recall is None else memory.recall.heads,
     }
-    _write_tensors(folder / STATE, state, {"session": json.dumps(summary)})
+    _write_tensors(folder / STATE, state, {"session": json.dumps(summary)}, durable=True)  # as the history is by now
 
 
 def load_session(addon: MegaContext, folder: str | Path) -> MegaContextSession:
@@ -203,6 +204,7 @@ def load_session(addon: MegaContext, folder: str | Path) -> MegaContextSession:
         raise StoreError(f"{folder / STATE}: its parts do not belong together: {error}") from error
     # without a recall index: one is made if the lens reads one
     options = {name: summary[name] for name in ("chunk_size", "observe", "recall")}
+    options["durable"] = summary.get("durable", False)  # not in files of before
     session = MegaContextSession(addon, folder, resume=summary["committed"], **options)
     try:
         _restore(session, wc, state, summary)
@@ -272,10 +274,17 @@ def _read_json(path: Path, known: int) -> dict[str, Any]:
     return values
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> None:
+def _write_tensors(
+    path: Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None, durable: bool = False
+) -> None:
     fresh = path.with_name(path.name + ".new")
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, fresh, about)
+    if durable:  # before it takes the place of the one before it
+        with open(fresh, "rb+") as file:
+            os.fsync(file.fileno())
     os.replace(fresh, path)
+    if durable:
+        sync_folder(path.parent)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -100,7 +100,7 @@ class KVMemory(Memory):
         self.gist, self.rope = gist, rope
         self.tree = MegaContextTree(config, folder=folder, pool=self._pool, payload_dtype=self.dtype, durable=durable)
         try:
-            self.places = open_places(config, folder)
+            self.places = open_places(config, folder, durable)
         except BaseException:
             self.tree.close()
             raise
@@ -292,10 +292,11 @@ class KVMemory(Memory):
             self.recall.store.close()
 
 
-def open_places(config: MegaContextConfig, folder: Path | None) -> Store:
+def open_places(config: MegaContextConfig, folder: Path | None, durable: bool = False) -> Store:
     """The positions at which tokens' keys are rotated: int32, one for each token of the tree."""
     if folder is None:
         return MemoryStore((), torch.int32)
     about: dict[str, Any] = {"level": 0, "block_size": config.block_size, "model_id": config.base_model_name_or_path}
+    about["durable"] = durable  # a tree that is longer than its positions cannot be opened
     path = folder / PLACES
     return (FileStore.open if path.exists() else FileStore.create)(path, (), torch.int32, **about)

@@ -163,7 +163,7 @@ def find_heads(addon: MegaContext, count: int = HEADS) -> list[tuple[int, int]]:
     return sorted((layer, head) for _, layer, head in sorted(scores, reverse=True)[:count])
 
 
-def open_store(config: Any, folder: Any, pairs: int) -> Store:
+def open_store(config: Any, folder: Any, pairs: int, durable: bool = False) -> Store:
     """The index's records: float16 [pairs, D], in memory or in a file beside the tree."""
     from .store import FileStore, MemoryStore
 
@@ -171,5 +171,6 @@ def open_store(config: Any, folder: Any, pairs: int) -> Store:
     if folder is None:
         return MemoryStore(shape, torch.float16)
     path = folder / FILE
-    about = {"level": 0, "block_size": config.block_size, "model_id": config.base_model_name_or_path}
+    about: dict[str, Any] = {"level": 0, "block_size": config.block_size, "model_id": config.base_model_name_or_path}
+    about["durable"] = durable
     return (FileStore.open if path.exists() else FileStore.create)(path, shape, torch.float16, **about)

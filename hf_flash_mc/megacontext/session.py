@@ -69,7 +69,7 @@ class MegaContextSession(Focus):
             )
         self.addon, self.model, self.config = addon, addon.base, addon.config
         addon.follow_base()
-        self.chunk_size = chunk_size
+        self.chunk_size, self.durable = chunk_size, durable
         self.folder = None if folder is None else Path(folder).absolute()  # also after os.chdir
         text = self.model.config.get_text_config(decoder=True)
         self.head_dim = self.config.head_dim or 0  # known since the add-on was attached
@@ -344,7 +344,7 @@ class MegaContextSession(Focus):
                 f"recall: expected (layer, query head) pairs of {sizes[0]} layers with {sizes[1]} heads, got {heads}; "
                 "None takes those that copy best"
             )
-        store = open_store(self.config, self.folder, len(pairs_of(heads, groups)))
+        store = open_store(self.config, self.folder, len(pairs_of(heads, groups)), self.durable)
         index = RecallIndex(heads, groups, self.scaling, self.addon.rope, self.config.block_size, store, self.device)
         assert isinstance(self.memory, KVMemory)
         self.memory.keep_recall(index)

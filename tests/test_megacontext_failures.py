@@ -14,7 +14,7 @@ import pytest
 import torch
 from patch_models import causal_model
 from test_megacontext_session import CONFIG, attached, edits, history, logits_of
-from transformers import BatchEncoding
+from transformers import BatchEncoding, MambaConfig, MambaForCausalLM
 
 from hf_flash_mc import MegaContextConfig, attach_megacontext, detach_megacontext, patch_model, unpatch_model
 from hf_flash_mc.megacontext.store import FileStore
@@ -330,6 +330,12 @@ def test_a_model_without_a_head_is_refused() -> None:
     with pytest.raises(TypeError, match="LlamaModel without a language-modelling head"):
         attach_megacontext(model, CONFIG)
     assert not hasattr(model, "megacontext")
+
+
+def test_a_family_without_attention_is_refused() -> None:
+    model = MambaForCausalLM(MambaConfig(num_hidden_layers=1, hidden_size=32, vocab_size=99))
+    with pytest.raises(NotImplementedError, match="MambaModel without; MegaContext needs rotary positions"):
+        attach_megacontext(model, CONFIG)
 
 
 @pytest.mark.parametrize("patched_before", [False, True])

@@ -168,9 +168,9 @@ def attach_megacontext(model: Any, config: MegaContextConfig | None = None) -> A
             f"model: expected a causal language model, got {type(root).__name__} without a language-modelling head; "
             "load it with AutoModelForCausalLM"
         )
+    rope = rope_of(root)  # first: a family without attention has none of the sizes below
     config = complete_config(root, config)
     layer_windows(root)
-    rope = rope_of(root)
     patched_here = not hasattr(root, "_mc_state")
     if patched_here:
         patch_model(model)

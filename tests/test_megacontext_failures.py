@@ -162,6 +162,10 @@ def test_a_copy_of_the_model_has_an_addon_of_its_own() -> None:
         lambda s: s.apply(edits((-1, 4, 1))),
         lambda s: s.addon.generate([s], max_new_tokens=2),
         lambda s: s.scores(),
+        lambda s: s.tokens(),
+        lambda s: s.rewind(1),
+        lambda s: s.restore(s.working_context),
+        lambda s: s.check_invariants(),
     ],
 )
 def test_a_closed_session_says_so(use: Any, folder: bool, tmp_path: Path) -> None:

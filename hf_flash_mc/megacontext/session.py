@@ -133,6 +133,7 @@ class MegaContextSession(Focus):
 
     def tokens(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Token ids [n] of the history, int64."""
+        self.check_open()
         start, stop, _ = slice(start, stop).indices(len(self))
         stop = max(start, stop)
         split = self.memory.committed
@@ -214,6 +215,7 @@ class MegaContextSession(Focus):
 
         Tokens read since then stay, as tokens. ValueError where it does not fit the history or the budget.
         """
+        self.check_open()
         wc = self.working_context
         later = wc.total - context.total
         if later < 0 or wc.lod[len(wc) - later :].any():
@@ -320,6 +322,7 @@ class MegaContextSession(Focus):
 
     def check_invariants(self) -> None:
         """The eight rules of the working context, and that the cache holds exactly its slots."""
+        self.check_open()
         wc, slots = self.working_context, self.memory.slots
         wc.check_invariants(self.tree)
         live = np.flatnonzero(self.cache.live)
@@ -473,6 +476,7 @@ class MegaContextSession(Focus):
             self.memory.tail = self.memory.tail[count:]
 
     def _check_back(self, count: int, name: str = "count") -> None:
+        self.check_open()
         if not isinstance(count, int | np.integer) or not 1 <= count <= len(self.memory.tail):
             raise ValueError(
                 f"{name}: expected 1 to {len(self.memory.tail)} (the last tokens, not in the tree yet), got {count!r}"

@@ -137,7 +137,7 @@ def ulysses_attention(
     v: Tensor,
     *,
     group: Any = None,
-    layout: str = "contiguous",
+    layout: str = "zigzag",
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     key_ranges: Tensor | None = None,

@@ -79,16 +79,17 @@ def weighted(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor) -> Tensor:
     ).sum()
 
 
-def check(attention: Callable[..., Any], layout: str, call: Call) -> None:
-    """Values and gradients of this rank's shard against those of the whole sequence."""
+def check(attention: Callable[..., Any], layout: str | None, call: Call) -> None:
+    """Values and gradients of this rank's shard against those of the whole sequence; layout None: all defaults."""
     (qkv, dout, dlse, ranges, sinks), made = call.draw(), []
-    share = lambda x: shard_sequence(x, dim=2, layout=layout)  # noqa: E731
+    chosen = {} if layout is None else {"layout": layout}
+    share = lambda x: shard_sequence(x, dim=2, **chosen)  # noqa: E731
     for spread in (False, True):
         part = share if spread else lambda x: x
         leaves = [part(x).clone().requires_grad_() for x in qkv]
         sink = None if sinks is None else sinks.clone().requires_grad_()
         ours = None if ranges is None else part(ranges)
-        function, how = (attention, {"layout": layout}) if spread else (flash_attention, {})
+        function, how = (attention, chosen) if spread else (flash_attention, {})
         out, lse = function(*leaves, key_ranges=ours, sinks=sink, return_lse=True, **call.options, **how)
         weighted(out, lse, part(dout), part(dlse)).backward()
         found = [out, lse, *(x.grad for x in leaves)]
@@ -107,7 +108,7 @@ def check(attention: Callable[..., Any], layout: str, call: Call) -> None:
 
 def calls_body(rank: int) -> None:
     for attention, layout, call in itertools.product(
-        (ring_attention, ulysses_attention), ("zigzag", "contiguous"), CALLS
+        (ring_attention, ulysses_attention), ("zigzag", "contiguous", None), CALLS
     ):
         check(attention, layout, call)
     ring.GROUP_ELEMENTS = 1  # head groups, one after the other

@@ -411,17 +411,18 @@ def _autocast(kind: str) -> bool:
 
 
 def _window(window: Any) -> tuple[int, int]:
-    """(left, right) with -1 for unbounded; a negative number less 1, which the checks refuse."""
+    """(left, right) with -1 for unbounded; a negative number less 1, which the checks refuse. No sequence is longer
+    than MAX_LENGTH, and a position plus sys.maxsize would overflow."""
     if (
         not isinstance(window, (tuple, list))
         or len(window) != 2
-        or not all(x is None or isinstance(x, checks.INTEGERS) for x in window)
+        or not all(x is None or (isinstance(x, checks.INTEGERS) and not isinstance(x, bool)) for x in window)
     ):
         raise TypeError(f"window: expected (left, right), each an int >= 0 or None for unbounded, got {window!r}")
     left, right = window
     return (
-        -1 if left is None else left if left >= 0 else left - 1,
-        -1 if right is None else right if right >= 0 else right - 1,
+        -1 if left is None else min(left, checks.MAX_LENGTH) if left >= 0 else left - 1,
+        -1 if right is None else min(right, checks.MAX_LENGTH) if right >= 0 else right - 1,
     )
 
 

@@ -73,6 +73,7 @@ WRONG = [
     ({"window": 5}, TypeError, r"window: expected \(left, right\)"),
     ({"window": (1, 2, 3)}, TypeError, r"window: expected \(left, right\)"),
     ({"window": (1.5, 2)}, TypeError, r"window: expected \(left, right\)"),
+    ({"window": (True, 0)}, TypeError, r"window: expected \(left, right\)"),
     ({"dropout_p": 1.0}, ValueError, r"dropout_p: expected a probability in \[0, 1\), got 1.0"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p: expected a probability"),
     ({"dropout_p": 0.001}, ValueError, "dropout_p: p is quantised to steps of 1/256, and this one rounds to 0"),

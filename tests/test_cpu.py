@@ -163,6 +163,14 @@ def test_a_call_of_one_piece_is_the_kernel_alone(options: dict) -> None:
     assert [x is None for x in found] == [False, True, False, True, True, True]
 
 
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("window", [(sys.maxsize, None), (None, sys.maxsize), (2**70, sys.maxsize)], ids=str)
+def test_a_window_of_maxsize_is_no_window(window: tuple, impl: str) -> None:
+    """A position plus it overflowed: rows saw nothing."""
+    q, k = torch.randn(1, 2, 70, 16), torch.randn(1, 2, 40, 16)
+    torch.testing.assert_close(flash_attention(q, k, k, window=window, impl=impl), flash_attention(q, k, k, impl=impl))
+
+
 def test_dropout_is_the_reference_mask() -> None:
     """Tile by tile, at offsets that are no multiples of 16 and past 32 bits of the seed."""
     batch, heads, rows, columns = 2, 3, 5, 40

@@ -206,7 +206,7 @@ def _check_offsets(offsets: Any, keys: int, say: Callable[[Problem], None]) -> N
     ):
         expected = f"four ints from 0 to {MAX_LENGTH} (batch, head, row, column)"
         say((ValueError, f"dropout_offsets: expected {expected}, got {offsets!r}"))
-    elif _known(offsets[3] + keys > MAX_LENGTH):
+    elif _known(offsets[3] > 0) and _known(offsets[3] + keys > MAX_LENGTH):  # of no offset: no guard on a length
         say((ValueError, f"dropout_offsets: expected columns up to {MAX_LENGTH}, got {offsets[3]} + {keys} keys"))
 
 

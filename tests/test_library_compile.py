@@ -338,6 +338,16 @@ class Attention(nn.Module):
         return flash_attention(q, k, v, causal=True)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_puts_no_bound_on_lengths(strict: bool) -> None:
+    """A check of dropout_offsets guarded that there are no more than 2^31 keys: dimensions without a maximum failed."""
+    rows, keys = torch.export.Dim("rows"), torch.export.Dim("keys")
+    inputs, sizes = tuple(qkv(3, 9, requires_grad=False)), {"q": {2: rows}, "k": {2: keys}, "v": {2: keys}}
+    program = torch.export.export(Attention(), inputs, dynamic_shapes=sizes, strict=strict)
+    inputs = qkv(3, 17, requires_grad=False)
+    torch.testing.assert_close(program.module()(*inputs), plain(*inputs))
+
+
 @needs_compiler
 def test_aot_inductor_runs_in_a_process_that_has_the_ops() -> None:
     sizes = {name: {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC} for name in "qkv"}

@@ -21,6 +21,7 @@ from . import continuous_batching as batching
 from .attention import KEY, ModuleRecord, Options, refuse_weights, register
 from .context_parallel import add_hooks, check_spreadable, read_context_parallel
 from .models import ADAPTED, adapter_of, uses_interface
+from .packing import is_tower
 from .support import CAUSAL_BY_NAME, HARMLESS_CLASSES, REFUSED, wants_dense_masks
 
 _READS_MASK = re.compile(r"(attention|causal)_mask\w*\.dtype\s*[!=]=\s*torch\.bool|causal_mask\w*\.to\(dtype")
@@ -325,7 +326,7 @@ def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
             copies[id(config)]._attn_implementation_internal = KEY
     _swap_configs([model, root], copies)
     for name, module in attention.items():
-        module._mc_record = ModuleRecord(name, options)
+        module._mc_record = ModuleRecord(name, replace(options, packing=None) if is_tower(module, root) else options)
         state.records.append((module, module._mc_record))
     for module, adapter in adapted:
         _change_class(module, adapter)

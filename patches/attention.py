@@ -132,14 +132,17 @@ def mc_attention(
         bias = position_bias if bias is None else bias + position_bias
     if bias is not None and bias.dtype not in (query.dtype, torch.float32):
         bias = bias.float()
-    if cu_seq_lens_q is not None and attention_mask is None:
+    if attention_mask is None and not causal:
+        pass  # a tower or cross attention: boundaries and positions that reach it are those of the text beside it
+    elif cu_seq_lens_q is not None and attention_mask is None:
         cu_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
         if visible["window"] is not None and q_length != kv_length:
             raise NotImplementedError("cu_seq_lens_q and cu_seq_lens_k that differ, together with a sliding window")
-        visible["key_ranges"] = _ranges_of_sequences(cu_seq_lens_q, cu_k, q_length, visible.pop("causal"))
+        visible["key_ranges"] = _ranges_of_sequences(cu_seq_lens_q, cu_k, q_length)
+        visible["causal"] = False
     elif slots is None and (
         options.packing == "position_ids"
-        or (attention_mask is None and causal and position_ids is not None and q_length == kv_length)
+        or (attention_mask is None and position_ids is not None and q_length == kv_length)
     ):  # without a mask (DeepSpeed's Ulysses drops it) packing is in the position ids alone
         visible["key_ranges"] = _ranges_of_positions(position_ids, visible, query.shape[0], q_length, kv_length)
     try:
@@ -240,13 +243,12 @@ def _read_mask(mask: Any, q_length: int, kv_length: int, causal: bool, sliding_w
     )
 
 
-def _ranges_of_sequences(cu_q: Tensor, cu_k: Tensor, q_length: int, causal: bool) -> Tensor:
-    """Key ranges [1, 1, Q, 2] of packed sequences with boundaries ``cu_q``, ``cu_k`` [N + 1]; bottom-right causal."""
+def _ranges_of_sequences(cu_q: Tensor, cu_k: Tensor, q_length: int) -> Tensor:
+    """Key ranges [1, 1, Q, 2] of packed causal sequences with boundaries ``cu_q``, ``cu_k`` [N + 1]; bottom right."""
     row = torch.arange(q_length, device=cu_q.device)
     sequence = (torch.searchsorted(cu_q, row, right=True) - 1).clamp(0, cu_q.shape[0] - 2)
     lo, hi = cu_k[sequence].long(), cu_k[sequence + 1].long()
-    if causal:
-        hi = torch.maximum(lo, torch.minimum(hi, hi + row - cu_q[sequence + 1].long() + 1))
+    hi = torch.maximum(lo, torch.minimum(hi, hi + row - cu_q[sequence + 1].long() + 1))
     return torch.stack((lo, hi), -1).to(torch.int32)[None, None]
 
 

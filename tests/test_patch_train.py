@@ -81,6 +81,31 @@ def test_without_a_mask_the_arguments_decide():
     torch.testing.assert_close(call(q, sliding_window=4), expected, rtol=0, atol=1e-6)
 
 
+def small_llava() -> transformers.LlavaForConditionalGeneration:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=28, patch_size=7)
+    text = transformers.LlamaConfig(**sizes, vocab_size=97)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=96)
+    torch.manual_seed(0)
+    return transformers.LlavaForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": "position_ids"}], ids=["plain", "packing"])
+def test_boundaries_of_a_text_are_not_those_of_its_images(options):
+    """LLaVA hands every keyword argument on to its vision tower, which cut the image at the text's boundaries; and
+    with packing raised, as no position_ids come along."""
+    model, ids = small_llava(), tokens(1, 40)
+    ids[0, 12:28] = 96
+    where = torch.cat([torch.arange(n) for n in (9, 31)])[None]
+    bounds = torch.tensor([0, 9, 40], dtype=torch.int32)
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 28, 28), "position_ids": where, "use_cache": False}
+    lengths = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 31, "max_length_k": 31}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        patch_model(model, **options)
+        torch.testing.assert_close(model(**inputs, **lengths).logits, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_gradient_checkpointing(family, reentrant):

@@ -21,7 +21,7 @@ from . import continuous_batching as batching
 from .attention import KEY, ModuleRecord, Options, refuse_weights, register
 from .context_parallel import add_hooks, check_spreadable, read_context_parallel
 from .models import ADAPTED, adapter_of, uses_interface
-from .packing import is_tower
+from .packing import is_tower, refuse_recurrence
 from .support import CAUSAL_BY_NAME, HARMLESS_CLASSES, REFUSED, wants_dense_masks
 
 _READS_MASK = re.compile(r"(attention|causal)_mask\w*\.dtype\s*[!=]=\s*torch\.bool|causal_mask\w*\.to\(dtype")
@@ -104,7 +104,8 @@ def patch_model(
 
     ``fallback``: what happens to a call that the ops cannot express: "error" raises, "sdpa" runs transformers' sdpa
     with an equivalent mask and counts it in the report. ``packing="position_ids"``: documents packed into a row are
-    kept apart by their restarting position ids even where a mask or a cache is given, which transformers ignores.
+    kept apart by their restarting position ids even where a mask or a cache is given, which transformers ignores
+    (models with recurrent layers are refused: those would still mix documents).
     ``continuous_batching=True``: generate_batch runs on the ops too, over transformers' paged cache; without it, it
     raises. transformers decides by name which attention may batch continuously, so functions of it are wrapped while
     such a model is patched. For models of other attention they do what they did, and with the last one unpatched (or
@@ -299,6 +300,8 @@ def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
     skipped = _check_family(root, attention, targets)
     if options.context_parallel is not None:
         check_spreadable(root)
+    if options.packing is not None:
+        refuse_recurrence(root)
     configs = _collect_configs([model, root])
     asked = [type(c).__name__ for c in configs if id(c) in targets and getattr(c, "output_attentions", False)]
     if asked:

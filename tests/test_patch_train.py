@@ -106,6 +106,24 @@ def test_boundaries_of_a_text_are_not_those_of_its_images(options):
         torch.testing.assert_close(model(**inputs, **lengths).logits, expected, rtol=0, atol=1e-5)
 
 
+def test_packing_refuses_recurrent_layers():
+    """Their state went from document to document without a word."""
+    config = transformers.Lfm2Config(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+    )
+    model = transformers.Lfm2ForCausalLM(config)
+    with pytest.raises(NotImplementedError, match="recurrent layers, which would mix the documents"):
+        patch_model(model, packing="position_ids")
+    assert not patch_report(model).patched
+    assert patch_report(patch_model(model)).patched
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_gradient_checkpointing(family, reentrant):

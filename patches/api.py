@@ -418,7 +418,8 @@ def _check_family(root: PreTrainedModel, attention: dict[str, nn.Module], target
 
 def _computes_own_attention(path: str, module: nn.Module, attention: dict[str, nn.Module]) -> bool:
     """An attention class that neither uses the interface itself nor has a part or a parent that does."""
-    if "Attention" not in type(module).__name__ or type(module).__module__.startswith("torch."):
+    bases = [base.__name__ for base in type(module).__mro__ if not base.__module__.startswith("torch.")]
+    if type(module).__module__.startswith("torch.") or not any("Attention" in name for name in bases):
         return False
     if path in attention or next(module.parameters(), None) is None:
         return False

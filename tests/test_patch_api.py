@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from patch_models import ADAPTED, SMALL, build, causal_config, causal_model, padding, tokens, twin
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from hf_flash_mc.patches import attention, patch_model, patch_report, patched, unpatch_model
 
@@ -87,6 +88,28 @@ def test_mpt_with_another_implementation_raises_while_patched():
         run(model, mask)
     unpatch_model(model)
     assert torch.equal(run(model, mask), run(causal_model("mpt"), mask))
+
+
+class Overridden(LlamaAttention):
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+        return self.o_proj(self.q_proj(hidden_states)), None
+
+
+class Calling(LlamaAttention):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def test_a_subclass_that_overrides_the_attention_is_refused():
+    """It counted as its base class, and got key ranges for a mask."""
+    model = causal_model("llama")
+    expected = run(model)
+    model.model.layers[1].self_attn.__class__ = Overridden
+    with pytest.raises(NotImplementedError, match="Overridden computes attention in its own code"):
+        patch_model(model)
+    model.model.layers[1].self_attn.__class__ = Calling
+    assert len(patch_report(patch_model(model)).calls) == 2
+    torch.testing.assert_close(run(model), expected, rtol=0, atol=1e-5)
 
 
 def test_patching_twice_is_a_no_op_and_other_options_are_refused():

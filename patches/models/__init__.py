@@ -25,14 +25,23 @@ ADAPTED: dict[tuple[str, str], str] = {
 
 
 def uses_interface(cls: type) -> bool:
-    """Whether a module class fetches its attention function from transformers' registry, read from its bytecode."""
+    """Whether a module class fetches its attention function from transformers' registry, read from its bytecode.
+
+    A method that a subclass overrides without calling it counts no more.
+    """
+    overridden: set[str] = set()
+    calls_bases = {"super", *(base.__name__ for base in cls.__mro__)}
     for base in cls.__mro__:
         if base is nn.Module or base is PreTrainedModel:
             break
-        for member in vars(base).values():
+        for name, member in vars(base).items():
             code = getattr(inspect.unwrap(member), "__code__", None) if callable(member) else None
-            if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
+            if code is None or name in overridden:
+                continue
+            if "ALL_ATTENTION_FUNCTIONS" in code.co_names:
                 return True
+            if calls_bases.isdisjoint(code.co_names):
+                overridden.add(name)
     return False
 
 

@@ -329,7 +329,7 @@ def _apply(model: nn.Module, root: PreTrainedModel, options: Options) -> None:
             copies[id(config)]._attn_implementation_internal = KEY
     _swap_configs([model, root], copies)
     for name, module in attention.items():
-        module._mc_record = ModuleRecord(name, replace(options, packing=None) if is_tower(module, root) else options)
+        module._mc_record = ModuleRecord(name, options, is_tower(module, root))
         state.records.append((module, module._mc_record))
     for module, adapter in adapted:
         _change_class(module, adapter)

@@ -44,6 +44,7 @@ class ModuleRecord:
 
     name: str
     options: Options
+    tower: bool = False  # of what a composite model sees or hears, beside its text
     calls: int = 0  # eager calls
     compiled: bool = False  # traced into a graph, where calls are not counted
     fallbacks: int = 0
@@ -127,22 +128,19 @@ def mc_attention(
         visible = slots.visibility(query, attention_mask)
     if indices is not None:
         visible = _select(visible, indices, q_length, kv_length)
-    bias = visible.pop("bias", None)
-    if position_bias is not None:
-        bias = position_bias if bias is None else bias + position_bias
-    if bias is not None and bias.dtype not in (query.dtype, torch.float32):
-        bias = bias.float()
-    if attention_mask is None and not causal:
-        pass  # a tower or cross attention: boundaries and positions that reach it are those of the text beside it
-    elif cu_seq_lens_q is not None and attention_mask is None:
+    bias = _add_biases(visible.pop("bias", None), position_bias, query.dtype)
+    if not _describe_this_call(module, record, attention_mask, causal, q_length == kv_length):
+        pass
+    elif cu_seq_lens_q is not None and (
+        attention_mask is None or (options.packing is None and slots is None and q_length == kv_length)
+    ):
         cu_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
-        if visible["window"] is not None and q_length != kv_length:
+        if visible.get("window") is not None and q_length != kv_length:
             raise NotImplementedError("cu_seq_lens_q and cu_seq_lens_k that differ, together with a sliding window")
-        visible["key_ranges"] = _ranges_of_sequences(cu_seq_lens_q, cu_k, q_length)
-        visible["causal"] = False
+        _cut_to_sequences(visible, cu_seq_lens_q, cu_k, query.shape[0], q_length, kv_length)
     elif slots is None and (
         options.packing == "position_ids"
-        or (attention_mask is None and position_ids is not None and q_length == kv_length)
+        or (attention_mask is None and causal and position_ids is not None and q_length == kv_length)
     ):  # without a mask (DeepSpeed's Ulysses drops it) packing is in the position ids alone
         visible["key_ranges"] = _ranges_of_positions(position_ids, visible, query.shape[0], q_length, kv_length)
     try:
@@ -152,17 +150,44 @@ def mc_attention(
     except NotImplementedError as reason:
         if slots is not None:
             raise  # sdpa knows neither gists' weights nor slots
-        if options.fallback != "sdpa":
-            raise NotImplementedError(
-                f'{reason} (or patch_model(..., fallback="sdpa") to run such calls on torch\'s sdpa)'
-            ) from reason
-        if softcap is not None or s_aux is not None:
-            raise NotImplementedError(f"{reason}; sdpa cannot take over: it has neither softcap nor sinks") from reason
-        if record is not None and not torch.compiler.is_compiling():
-            record.fallbacks += 1
-            record.fallback_reason = str(reason)
+        _check_fallback(reason, record, options, softcap, s_aux)
         return _sdpa(module, query, key, value, visible, bias, dropout, scaling)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _describe_this_call(
+    module: nn.Module, record: ModuleRecord | None, mask: Tensor | None, causal: bool, square: bool
+) -> bool:
+    """Whether boundaries and positions that reach a call are those of its queries and keys.
+
+    Composite models hand those of their text on to vision towers and cross attention, too.
+    """
+    if record is not None and record.tower:
+        return False
+    crosses = "Cross" in type(module).__name__ or getattr(module, "is_cross_attention", False)
+    return causal or mask is not None or (square and not crosses)
+
+
+def _add_biases(bias: Tensor | None, position_bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Of a mask and of positions, in a dtype that the ops take."""
+    if position_bias is not None:
+        bias = position_bias if bias is None else bias + position_bias
+    return bias if bias is None or bias.dtype in (dtype, torch.float32) else bias.float()
+
+
+def _check_fallback(
+    reason: Exception, record: ModuleRecord | None, options: Options, softcap: float | None, sinks: Tensor | None
+) -> None:
+    """Count a call that sdpa takes over; NotImplementedError where it may or can not."""
+    if options.fallback != "sdpa":
+        raise NotImplementedError(
+            f'{reason} (or patch_model(..., fallback="sdpa") to run such calls on torch\'s sdpa)'
+        ) from reason
+    if softcap is not None or sinks is not None:
+        raise NotImplementedError(f"{reason}; sdpa cannot take over: it has neither softcap nor sinks") from reason
+    if record is not None and not torch.compiler.is_compiling():
+        record.fallbacks += 1
+        record.fallback_reason = str(reason)
 
 
 def _note(record: ModuleRecord) -> None:
@@ -243,13 +268,23 @@ def _read_mask(mask: Any, q_length: int, kv_length: int, causal: bool, sliding_w
     )
 
 
-def _ranges_of_sequences(cu_q: Tensor, cu_k: Tensor, q_length: int) -> Tensor:
-    """Key ranges [1, 1, Q, 2] of packed causal sequences with boundaries ``cu_q``, ``cu_k`` [N + 1]; bottom right."""
-    row = torch.arange(q_length, device=cu_q.device)
+def _cut_to_sequences(visible: dict, cu_q: Tensor, cu_k: Tensor, batch: int, q_length: int, kv_length: int) -> None:
+    """Cut what is visible to packed sequences with boundaries ``cu_q``, ``cu_k`` [N + 1], bottom-right causal.
+
+    They count all rows of the batch, one after the other, as FlashAttention's do.
+    """
+    first = torch.arange(batch, device=cu_q.device)[:, None]
+    row = first * q_length + torch.arange(q_length, device=cu_q.device)  # [B, Q]
     sequence = (torch.searchsorted(cu_q, row, right=True) - 1).clamp(0, cu_q.shape[0] - 2)
     lo, hi = cu_k[sequence].long(), cu_k[sequence + 1].long()
-    hi = torch.maximum(lo, torch.minimum(hi, hi + row - cu_q[sequence + 1].long() + 1))
-    return torch.stack((lo, hi), -1).to(torch.int32)[None, None]
+    if visible.pop("causal", False):
+        hi = torch.maximum(lo, torch.minimum(hi, hi + row - cu_q[sequence + 1].long() + 1))
+    lo, hi = lo - first * kv_length, hi - first * kv_length
+    ranges = visible.get("key_ranges")  # [B or 1, H or 1, Q, 2]
+    lo, hi = lo[:, None], hi[:, None]
+    if ranges is not None:
+        lo, hi = torch.maximum(lo, ranges[..., 0].long()), torch.minimum(hi, ranges[..., 1].long())
+    visible["key_ranges"] = torch.stack((lo, hi), -1).to(torch.int32)
 
 
 def _ranges_of_positions(

@@ -124,6 +124,31 @@ def test_packing_refuses_recurrent_layers():
     assert patch_report(patch_model(model)).patched
 
 
+@pytest.mark.parametrize("family", ["bert", "llama", "qwen2"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_boundaries_keep_documents_apart_beside_a_mask(family, rows):
+    """cu_seq_lens of FlashAttention, counted over the whole batch, where the model made a mask that knows no documents;
+    position ids go on, as they may where boundaries are given."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    if family == "bert":
+        model = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=97)).eval()
+    else:
+        kind = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[family]
+        model = transformers.AutoModel.from_config(kind(**sizes, vocab_size=97, num_key_value_heads=1)).eval()
+    ids, where = tokens(1, 40).view(rows, -1), torch.arange(40 // rows)
+    bounds = [0, 9, 40] if rows == 1 else [0, 9, 20, 31, 40]
+    given = torch.tensor(bounds, dtype=torch.int32)
+    lengths = {"cu_seq_lens_q": given, "cu_seq_lens_k": given, "max_length_q": 31, "max_length_k": 31}
+    sizes = given.diff().tolist()
+    parts = list(zip(ids.view(-1).split(sizes), where.repeat(rows).split(sizes), strict=True))
+    with torch.no_grad():
+        alone = [model(part[None], position_ids=at[None]).last_hidden_state[0] for part, at in parts]
+        patch_model(model)
+        found = model(ids, position_ids=where.expand(rows, -1), use_cache=False, **lengths).last_hidden_state
+    torch.testing.assert_close(found.flatten(0, 1), torch.cat(alone), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_gradient_checkpointing(family, reentrant):

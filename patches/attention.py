@@ -127,6 +127,11 @@ def mc_attention(
     else:
         visible = slots.visibility(query, attention_mask)
     if indices is not None:
+        if options.packing is not None:
+            raise NotImplementedError(
+                'packing="position_ids": this model\'s indexer chooses keys among those of all documents. Way out: '
+                "leave packing out, and give position_ids, but neither mask nor cache"
+            )
         visible = _select(visible, indices, q_length, kv_length)
     bias = _add_biases(visible.pop("bias", None), position_bias, query.dtype)
     if not _describe_this_call(module, record, attention_mask, causal, q_length == kv_length):

@@ -148,6 +148,7 @@ def test_boundaries_keep_documents_apart_beside_a_mask(family, rows):
         found = model(ids, position_ids=where.expand(rows, -1), use_cache=False, **lengths).last_hidden_state
     torch.testing.assert_close(found.flatten(0, 1), torch.cat(alone), rtol=0, atol=1e-5)
 
+
 def test_packing_refuses_keys_chosen_by_an_indexer():
     """It ranks the keys of all documents: those of another took the places of a document's own."""
     module, q = torch.nn.Module(), torch.randn(1, 2, 6, 8)

@@ -424,6 +424,8 @@ def test_lengths_count_the_whole_history() -> None:
         {"prompt_lookup_num_tokens": 1},
         {"penalty_alpha": 1.0, "top_k": 4},
         {"return_dict_in_generate": True},
+        {"output_attentions": True},
+        {"output_hidden_states": True},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -439,7 +441,10 @@ def test_settings_that_are_wrong_read_no_prompt() -> None:
     session.ingest(history(20))
     with pytest.raises(ValueError, match="tokenizer"):
         session.generate([5, 6], stop_strings=["a"])
+    with pytest.raises(ValueError, match=r"fields of a GenerationConfig, got \['temprature'\]"):
+        session.generate([5, 6], temprature=0.5)
     assert len(session) == 20
+    assert session.generate(max_new_tokens=1, output_attentions=False).shape == (1, 1)
 
 
 def test_generation_streams_and_stops() -> None:

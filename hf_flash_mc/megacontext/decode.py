@@ -25,6 +25,8 @@ _OFF = {"num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1, "guidan
         "token_healing",
         "watermarking_config",
         "return_dict_in_generate",
+        "output_attentions",
+        "output_hidden_states",
     )
 )
 
@@ -172,7 +174,7 @@ def _settings(session: MegaContextSession, given: Any, options: dict[str, Any], 
     if options.pop("attention_mask", None) is not None:
         raise ValueError("attention_mask: a session is one history without padding; leave it out")
     config, unknown = session.model._prepare_generation_config(given, **options)
-    if unknown:
+    if unknown := unknown.keys() - _OFF.keys():  # transformers hands some fields back as well, for the model
         raise ValueError(f"generate: expected fields of a GenerationConfig, got {sorted(unknown)}")
     asked = {name: getattr(config, name, None) for name in _OFF}
     wrong = [f"{name}={value}" for name, value in asked.items() if value not in (None, False, _OFF[name])]

@@ -168,9 +168,9 @@ def attach_megacontext(model: Any, config: MegaContextConfig | None = None) -> A
             f"model: expected a causal language model, got {type(root).__name__} without a language-modelling head; "
             "load it with AutoModelForCausalLM"
         )
-    rope = rope_of(root)  # first: a family without attention has none of the sizes below
     config = complete_config(root, config)
     layer_windows(root)
+    rope = rope_of(root)
     patched_here = not hasattr(root, "_mc_state")
     if patched_here:
         patch_model(model)
@@ -212,7 +212,11 @@ def detach_megacontext(model: Any) -> Any:
 def complete_config(root: Any, config: MegaContextConfig | None) -> MegaContextConfig:
     """The config with the model's name and sizes; ValueError with every size that differs."""
     text = root.config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None:
+        raise NotImplementedError(
+            f"model: expected attention, got {type(root).__name__} (its config has no num_attention_heads)"
+        )
     sizes = {
         "num_layers": text.num_hidden_layers,
         "num_kv_heads": getattr(text, "num_key_value_heads", None) or heads,

@@ -230,7 +230,10 @@ def probe_ranges(
 
     def seen(key: Tensor) -> Tensor:
         inside = (key >= first) & (key <= last)
-        return function(b, h, q, key.clamp(kv_offset, kv_offset + kv_length - 1)) & inside
+        key = key.clamp(kv_offset, kv_offset + kv_length - 1)
+        if torch.compiler.is_compiling():  # torch 2.11's Inductor: faulty C++ where it knows an index as a formula
+            key = key ^ 0
+        return function(b, h, q, key) & inside
 
     reach = torch.zeros_like(q).expand(-1, -1, 2, -1)  # [B, Q, 2, 1]: to the left, to the right
     for digit in reversed(range(PROBE_DIGITS)):

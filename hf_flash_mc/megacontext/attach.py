@@ -91,7 +91,7 @@ class MegaContext(nn.Module, ModelHubMixin):
 
     @contextmanager
     def disable(self) -> Iterator[None]:
-        """Within: the model as it was before it was attached, unpatched if it was; sessions raise."""
+        """Within: the model as it was before it was attached, unpatched if it was; sessions raise where they run it."""
         if not self.enabled:  # within another one
             yield
             return

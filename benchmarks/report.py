@@ -20,7 +20,7 @@ from hf_flash_mc.measure.peers import LABELS
 
 ROOT = HERE.parent
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-FILES = [HERE / "results" / f"attention-{gpu}.csv" for gpu in ("h100", "h200")]
+FILES = [HERE / "results" / f"attention-{gpu}.csv" for gpu in ("h100", "h200", "h200-train")]
 NOTHING = "No result file yet: `python -m benchmarks.run` on a GPU, then `python -m benchmarks.report`."
 LONG = ("long", "gqa", "context")
 BOTH = ("forward", "backward")

@@ -254,7 +254,7 @@ def test_vocabulary_grows_with_the_model() -> None:
 def test_counts_that_are_none() -> None:
     session = attached().megacontext.session()
     session.ingest(history(60))
-    for call in ({"reread": -1}, {"rounds": -1}, {"rounds": 1.5}):
+    for call in ({"reread": -1}, {"rounds": -1}, {"rounds": 1.5}, {"rounds": None}, {"max_edits": 1.5}):
         with pytest.raises(ValueError, match=f"{next(iter(call))}: expected a whole number of at least 0"):
             session.refocus(**call)
     blind = session.addon.session(observe=0)

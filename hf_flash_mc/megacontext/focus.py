@@ -85,9 +85,11 @@ class Focus:
                 are read in the light of what was expanded. They stay tokens, however many.
 
         Raises:
-            ValueError: ``reread`` tokens that are in the tree already (see `reread`), before anything changed.
+            ValueError: counts that are no whole numbers; ``reread`` tokens that are in the tree already (see `reread`),
+                before anything changed.
         """
-        for name, count in (("rounds", rounds), ("reread", reread)):
+        limit = self.config.max_edits if max_edits is None else max_edits
+        for name, count in (("rounds", rounds), ("reread", reread), ("max_edits", limit)):
             _check_count(name, count)
         if reread:
             self._check_back(reread, "reread")

@@ -96,6 +96,21 @@ def check_reached(reached: int, layers: int) -> None:
         )
 
 
+def attention_shares(queries: Tensor, keys: Tensor, log_weight: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """The share of attention that each key gets, float32 [B, N]: mean over heads and queries, all of which see it.
+
+    queries ``[B, Hq, n, D]``, keys ``[B, Hkv, N, D]``, log_weight ``[B, Hkv, N]``. It is the gradient of log-sum-exp by
+    the key's log weight. Not recorded; not within inference_mode.
+    """
+    weight = log_weight.detach().to(torch.float32, copy=True).requires_grad_()
+    with torch.enable_grad():  # keys stand in for values, which log-sum-exp has nothing of
+        _, lse = flash_attention(
+            queries, keys, keys, key_log_weight=weight, softcap=softcap, scale=scale, return_lse=True
+        )
+        (share,) = torch.autograd.grad(lse.sum(), weight)
+    return share.sum(1) / (queries.shape[1] * queries.shape[2])
+
+
 class MegaContextCache(Cache):
     """Slots of one history, for all layers at once.
 
@@ -318,16 +333,9 @@ class MegaContextCache(Cache):
         for scale in sorted({scaling[layer] for layer in layers}):
             part = [layer for layer in layers if scaling[layer] == scale]
             whole = slice(part[0], part[-1] + 1) if len(part) == part[-1] + 1 - part[0] else part
-            keys = self.kv[0, whole, :, :end]  # [l, Hkv, end, D]; they stand in for values, which lse has nothing of
-            # the gradient of log-sum-exp by a key's log weight is the share that the key gets
-            with torch.enable_grad():
-                weight = self.log_weight[whole, :, :end].clone().requires_grad_()
-                _, lse = flash_attention(
-                    queries[whole], keys, keys, key_log_weight=weight, softcap=softcap, scale=scale, return_lse=True
-                )
-                (share,) = torch.autograd.grad(lse.sum(), weight)
-            mass += share.float().sum((0, 1))
-        return mass / (len(layers) * queries.shape[1] * rows)
+            keys = self.kv[0, whole, :, :end]  # [l, Hkv, end, D]
+            mass += attention_shares(queries[whole], keys, self.log_weight[whole, :, :end], scale, softcap).sum(0)
+        return mass / len(layers)
 
     def reset(self) -> None:
         """Forget everything."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import losses
+from .cache import attention_shares
 from .distill import Gists, GistTask, Layout, Lesson, take
 from .entries import LATEST
 from .lensnet import Lens, LensInput
@@ -233,13 +234,8 @@ class LensTask(nn.Module):
         layers = [i for i, window in enumerate(windows) if window is None] or list(range(len(windows)))
         total: Any = 0.0
         for i in layers:
-            keys, heads = shown.keys[i], shown.keys[i].shape[1]
-            grouped = (queries[i] * scaling[i]).unflatten(1, (heads, -1)).flatten(2, 3)  # [B, Hkv, G * n, D]
-            logits = torch.matmul(grouped, keys.transpose(-1, -2)).float()
-            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
             assert shown.log_weight is not None
-            logits += shown.log_weight[i][:, :, None]
-            total = total + logits.softmax(-1).mean((1, 2))
+            total = total + attention_shares(queries[i], shown.keys[i], shown.log_weight[i], scaling[i], softcap)
         mass = total / len(layers)
         return mass.gather(1, self._order(seen)[1].to(mass.device))
 

@@ -134,18 +134,23 @@ def mc_attention(
             )
         visible = _select(visible, indices, q_length, kv_length)
     bias = _add_biases(visible.pop("bias", None), position_bias, query.dtype)
-    if not _describe_this_call(module, record, attention_mask, causal, q_length == kv_length):
-        pass
-    elif cu_seq_lens_q is not None and (
-        attention_mask is None or (options.packing is None and slots is None and q_length == kv_length)
+    described = _describe_this_call(module, record, attention_mask, causal, q_length == kv_length)
+    if (
+        described
+        and cu_seq_lens_q is not None
+        and (attention_mask is None or (options.packing is None and slots is None and q_length == kv_length))
     ):
         cu_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
         if visible.get("window") is not None and q_length != kv_length:
             raise NotImplementedError("cu_seq_lens_q and cu_seq_lens_k that differ, together with a sliding window")
         _cut_to_sequences(visible, cu_seq_lens_q, cu_k, query.shape[0], q_length, kv_length)
-    elif slots is None and (
-        options.packing == "position_ids"
-        or (attention_mask is None and causal and position_ids is not None and q_length == kv_length)
+    elif (
+        described
+        and slots is None
+        and (
+            options.packing == "position_ids"
+            or (attention_mask is None and causal and position_ids is not None and q_length == kv_length)
+        )
     ):  # without a mask (DeepSpeed's Ulysses drops it) packing is in the position ids alone
         visible["key_ranges"] = _ranges_of_positions(position_ids, visible, query.shape[0], q_length, kv_length)
     try:
@@ -169,8 +174,9 @@ def _describe_this_call(
     """
     if record is not None and record.tower:
         return False
-    crosses = "Cross" in type(module).__name__ or getattr(module, "is_cross_attention", False)
-    return causal or mask is not None or (square and not crosses)
+    if causal or mask is not None:
+        return True
+    return square and "Cross" not in type(module).__name__ and not getattr(module, "is_cross_attention", False)
 
 
 def _add_biases(bias: Tensor | None, position_bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from patch_models import assert_same, causal_model, outputs_and_gradients, padding, tokens, twin
+from patch_models import SMALL, assert_same, build, causal_model, outputs_and_gradients, padding, tokens, twin
 
 from hf_flash_mc.patches import attention, patch_model, patch_report
 
@@ -129,13 +129,10 @@ def test_packing_refuses_recurrent_layers():
 def test_boundaries_keep_documents_apart_beside_a_mask(family, rows):
     """cu_seq_lens of FlashAttention, counted over the whole batch, where the model made a mask that knows no documents;
     position ids go on, as they may where boundaries are given."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
     if family == "bert":
-        model = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=97)).eval()
+        model = build(transformers.BertModel, transformers.BertConfig(**SMALL))
     else:
-        kind = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[family]
-        model = transformers.AutoModel.from_config(kind(**sizes, vocab_size=97, num_key_value_heads=1)).eval()
+        model = causal_model(family).model
     ids, where = tokens(1, 40).view(rows, -1), torch.arange(40 // rows)
     bounds = [0, 9, 40] if rows == 1 else [0, 9, 20, 31, 40]
     given = torch.tensor(bounds, dtype=torch.int32)
